@@ -1,0 +1,1 @@
+"""Triton kernels of flashprune, one file a stage: `@triton.jit` kernels and their launchers."""
