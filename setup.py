@@ -18,6 +18,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 NATIVE = os.environ.get("FLASHPRUNE_NATIVE", "1") != "0"
@@ -149,15 +150,19 @@ def remove_libraries(package: Path) -> None:
 
 
 class Build(build):
-    """Native code first, so that a missing compiler is the last and only thing that the user reads."""
+    """Native code first, so that a missing compiler is the first and only thing that the user reads."""
 
     sub_commands = sorted(build.sub_commands, key=lambda command: command[0] != "build_ext")
 
     def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # else modules since deleted end up in the wheel
+        super().run()
+
+
+class BuildPy(build_py):
+    def run(self) -> None:
         if self.editable_mode and not NATIVE:
             remove_libraries(ROOT / "python" / "flashprune")
-        if not self.editable_mode:
-            shutil.rmtree(self.build_lib, ignore_errors=True)  # else modules since deleted end up in the wheel
         super().run()
 
 
@@ -165,5 +170,5 @@ setup(
     packages=[*find_packages("python"), "flashprune.triton_kernels"],
     package_dir={"flashprune": "python/flashprune", "flashprune.triton_kernels": "triton_kernels"},
     ext_modules=[Extension("flashprune._build", sources=[])] if NATIVE else [],
-    cmdclass={"build": Build, "build_ext": CMakeBuild},
+    cmdclass={"build": Build, "build_ext": CMakeBuild, "build_py": BuildPy},
 )
