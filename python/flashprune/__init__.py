@@ -1,0 +1,43 @@
+"""flashprune: fused kernels that choose which visual tokens a multimodal LLM keeps."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import metrics, reference, testing
+from .budgets import budget, indices_to_mask
+from .dispatch import backends
+from .importance import debias, minmax, query_attention, received_attention, soft_topk
+from .methods import cdpruner, d2pruner, divprune, fastv, idpruner, naive_hybrid
+from .scorer import VisionSelector
+from .selectors import dpp_select, maxmin_select, mis_select, mmr_select, topk_select
+
+try:
+    __version__ = version("flashprune")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+uninstalled"
+
+__all__ = [
+    "VisionSelector",
+    "__version__",
+    "backends",
+    "budget",
+    "cdpruner",
+    "d2pruner",
+    "debias",
+    "divprune",
+    "dpp_select",
+    "fastv",
+    "idpruner",
+    "indices_to_mask",
+    "maxmin_select",
+    "metrics",
+    "minmax",
+    "mis_select",
+    "mmr_select",
+    "naive_hybrid",
+    "query_attention",
+    "received_attention",
+    "reference",
+    "soft_topk",
+    "testing",
+    "topk_select",
+]

@@ -1,0 +1,52 @@
+"""Shapes of the native operators, for tracing; importing this module registers them where the library is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+
+
+def _indices(tokens: Tensor, k: list[int], cu_seqlens: Tensor | None) -> Tensor:
+    """An empty result for ``tokens [N]``, ``[B, N]`` or packed ``[T]``."""
+    if cu_seqlens is not None:
+        return tokens.new_empty(sum(k), dtype=torch.int64)
+    return tokens.new_empty((*tokens.shape[:-1], k[0]), dtype=torch.int64)
+
+
+def _topk(scores: Tensor, k: list[int], cu_seqlens: Tensor | None, sort: bool) -> Tensor:
+    return _indices(scores, k, cu_seqlens)
+
+
+def _mmr(features: Tensor, importance: Tensor, k: list[int], cu_seqlens: Tensor | None, *settings: Any) -> Tensor:
+    return _indices(importance, k, cu_seqlens)
+
+
+def _mis(
+    features: Tensor,
+    importance: Tensor,
+    k: list[int],
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *settings: Any,
+) -> Tensor:
+    return _indices(importance, k, cu_seqlens)
+
+
+def _maxmin(features: Tensor, k: list[int], cu_seqlens: Tensor | None, *settings: Any) -> Tensor:
+    return _indices(features[..., 0], k, cu_seqlens)
+
+
+def _dpp(features: Tensor, relevance: Tensor, k: list[int], cu_seqlens: Tensor | None, *settings: Any) -> Tensor:
+    return _indices(relevance, k, cu_seqlens)
+
+
+if dispatch.backends()["cpu"] == dispatch.READY:
+    torch.library.register_fake("flashprune::topk_select", _topk)
+    torch.library.register_fake("flashprune::mmr_select", _mmr)
+    torch.library.register_fake("flashprune::mis_select", _mis)
+    torch.library.register_fake("flashprune::maxmin_select", _maxmin)
+    torch.library.register_fake("flashprune::dpp_select", _dpp)
