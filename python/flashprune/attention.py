@@ -134,8 +134,8 @@ def check_positions(visual: Tensor, keys: int) -> None:
 
 def segment_bounds(cu_seqlens: Tensor, query: Tensor, max_seqlen: int | None, pool: int) -> list[int]:
     """The values of `cu_seqlens`, checked."""
-    checks.check_cu_seqlens(cu_seqlens, query, "query")
     bounds = cu_seqlens.tolist()
+    checks.check_bounds(bounds, query.shape[0])
     for segment, (start, end) in enumerate(pairwise(bounds)):
         length = end - start
         if max_seqlen is not None and length > max_seqlen:
