@@ -1,0 +1,5 @@
+"""`python -m flashprune.cli` is the `flashprune` command."""
+
+from . import main
+
+main()
