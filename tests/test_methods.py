@@ -229,6 +229,22 @@ def test_d2pruner_on_grids(tokens, backend):
     assert torch.equal(both[:4], first)
 
 
+@pytest.mark.skipif(fp.backends()["cpu"] != "ready", reason=fp.backends()["cpu"])
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_methods_are_the_eager_ones(tokens, method):
+    features, weights, _ = tokens
+    spans = torch.tensor([0, 16, 36], dtype=torch.int32)
+
+    def step(features, weights, spans):
+        packed = METHODS[method](features, weights, [4, 6], cu_seqlens=spans, backend="cpu")
+        return packed, METHODS[method](features, weights, K, backend="cpu") + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected = step(features, weights, spans)
+    for actual, wanted in zip(compiled(features, weights, spans), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_reference_offers_the_methods(tokens, method):
     features, weights, _ = tokens

@@ -40,8 +40,8 @@ def query_attention(
     - `scale`: d ** -0.5 unless given.
     - `lse`: what the attention kernel returned for these rows, natural-log sums of `exp(scale * q·k)` over all keys,
       `[H, Lq]` or `[B, H, Lq]` (FlashAttention's convention). With it only the visual keys are read.
-    - `visual`: the visual positions among the L keys: a slice, an int64 tensor `[N]` (of each item, in a batch), or
-      None for all. N is their number.
+    - `visual`: the visual positions among the L keys: a slice, an int64 tensor `[N]`, or None for all; the same
+      for every item of a batch. N is their number.
     - `prior`: `[N]` or `[B, N]`; when given the result is `debias(A, prior, eps=eps)`, in the same pass.
 
     Returns `[N]` or `[B, N]`, float32 (float64 for float64 inputs).
@@ -112,7 +112,15 @@ def received_attention(
         from .reference import importance as reference
 
         return reference.received_attention(
-            query, key, cu_seqlens=cu_seqlens, scale=scale, lse=lse, pool=pool, prior=prior, eps=eps
+            query,
+            key,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            scale=scale,
+            lse=lse,
+            pool=pool,
+            prior=prior,
+            eps=eps,
         )
     return torch.ops.flashprune.received_attention(
         query, key, cu_seqlens, max_seqlen, scale, lse, pool, prior, float(eps)

@@ -194,7 +194,8 @@ def naive_hybrid(
     more is DivPrune.
 
     A baseline of the IDPruner paper (arXiv 2602.13315), whose text does not fix the size of the pool, so `pool_ratio`
-    has no default. Packed tensors on a GPU cost one host synchronisation here, to read the segments' lengths.
+    has no default. Where the lengths of packed segments cannot be read for free (on a GPU, under `torch.compile`) the
+    pool is not cut to N: every segment must then hold its whole pool.
 
     >>> naive_hybrid(torch.randn(576, 64), torch.rand(576), 64, pool_ratio=2.0).shape
     torch.Size([64])
@@ -210,9 +211,12 @@ def naive_hybrid(
         rows = pool.unsqueeze(-1).expand(*pool.shape, features.shape[-1])
         picks = selectors.maxmin_select(features.gather(-2, rows), ks[0], sort=sort, backend=backend)
         return pool.gather(-1, picks)
-    sizes = [min(count, n) for count, n in zip(wanted, cu_seqlens.diff().tolist(), strict=True)]
+    sizes = wanted
+    if checks.readable(cu_seqlens):
+        sizes = [min(count, n) for count, n in zip(wanted, cu_seqlens.diff().tolist(), strict=True)]
     pool = selectors.topk_select(importance, sizes, cu_seqlens=cu_seqlens, backend=backend)
-    pool_seqlens = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device=features.device)
+    # Filled one by one because a copy from the host would synchronise.
+    pool_seqlens = torch.cat([torch.full_like(cu_seqlens[:1], end) for end in itertools.accumulate([0, *sizes])])
     picks = selectors.maxmin_select(features[pool], ks, cu_seqlens=pool_seqlens, sort=sort, backend=backend)
     return pool[picks]
 
