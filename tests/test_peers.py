@@ -1,4 +1,4 @@
-"""The peers that we race are what they claim to be: the official code's golden figures, or the reference's definition."""
+"""The peers that we race are what they claim to be: equal to the official code's golden figures, or the reference."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_cdpruner_treats_each_image_of_a_batch_alone():
     assert picks.tolist() == alone
 
 
-# At 0.25 the graph is so dense that the set is maximal early and most of the budget is backfill; at 0.9 nobody is struck.
+# At 0.25 the set is maximal early and most of the budget is backfill; at 0.9 nobody is struck.
 @pytest.mark.parametrize("threshold", [0.25, 0.5, 0.9])
 @pytest.mark.parametrize("pivots", [0, 1, 20, 32])
 def test_dense_mis_is_the_definition(threshold, pivots):

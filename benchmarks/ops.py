@@ -1,0 +1,16 @@
+"""Every op's race, by name."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from benchmarks import bench_dpp, bench_importance, bench_maxmin, bench_methods, bench_mis, bench_mmr, bench_topk
+from benchmarks.cases import Case
+from benchmarks.race import Race
+
+_MODULES = (bench_topk, bench_mmr, bench_mis, bench_maxmin, bench_dpp, bench_importance, bench_methods)
+RACES = {op: race for module in _MODULES for op, race in module.RACES.items()}
+
+
+def race_of(case: Case, inputs: dict[str, Tensor], backend: str) -> Race:
+    return RACES[case.op](case, inputs, backend)
