@@ -28,7 +28,9 @@ def stdout() -> Console:
 
 
 def table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", pad_edge=False)
+    drawn.box = box.SIMPLE_HEAD
+    return drawn
 
 
 def progress() -> Progress:

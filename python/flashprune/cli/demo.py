@@ -22,8 +22,8 @@ _DIM = 1024  # the width of CLIP ViT-L/14, whose patches LLaVA prunes
 _PANEL_HEIGHT = 192
 
 _STAND_INS = (
-    "No model runs here. The patch features are a fixed random layer over the pixels and the importance is a saliency\n"
-    "map: both stand in for a model's. Latency is real; importance kept and Hopkins only compare rows of one block."
+    "No model runs here: the patch features are a fixed random layer over the pixels and the importance is a saliency "
+    "map. Both stand in for a model's. Latency is real; the other figures serve to compare the rows of one block."
 )
 
 
@@ -54,7 +54,7 @@ def demo(out: Path, backend: str) -> None:
     path = out / PICTURE
     files.check_output(path, "--out")
     screen = console.stdout()
-    screen.print(_STAND_INS, soft_wrap=True)
+    screen.print(_STAND_INS)
     try:
         scenes = [_scene(photo) for photo in DEMO_PHOTOS]
     except FileNotFoundError as error:
@@ -95,7 +95,7 @@ def _result(scene: Scene, ratio: float, method: str, backend: str) -> Result:
 
 def _table(results: list[Result]) -> Table:
     grids = list(dict.fromkeys(result.scene.photo.grid for result in results))
-    table = console.table("Mean over the photographs of a grid; latency is the median, on this machine")
+    table = console.table("Mean over the photographs of a grid; latency: median of a few runs")
     table.add_column("method")
     for heading in ("grid", "N", "kept", "latency ms", "importance", "Hopkins"):
         table.add_column(heading, justify="right")
@@ -106,6 +106,7 @@ def _table(results: list[Result]) -> Table:
                 rows = [r for r in results if (r.scene.photo.grid, r.ratio, r.method) == (grid, ratio, method)]
                 _add_row(table, rows)
             table.add_section()
+    table.caption = "importance: the share kept. Hopkins: lower when the kept patches are more spread out."
     return table
 
 

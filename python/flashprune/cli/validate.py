@@ -185,7 +185,6 @@ def _table(tallies: list[Tally]) -> Table:
         row = (tally.op, tally.backend, _name(tally.dtype), str(tally.cases), failed, f"{tally.largest:.1e}")
         table.add_row(*row, style="red" if tally.failures else None, end_section=last)
     table.caption = "Regret: what a pick lost against the best in float64; for attention, relative error."
-    table.caption_justify = "left"
     return table
 
 
