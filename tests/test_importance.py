@@ -161,6 +161,15 @@ def test_received_attention_of_nothing(backend):
     assert fp.received_attention(query, key, cu_seqlens=empty[:1], backend=backend).shape == (0,)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_given_normaliser_is_used(backend):
+    query, key = random_qk(20, 20, heads=4, kv_heads=2)
+    lse = dense_scores(query, key).logsumexp(-1).float() + math.log(2)
+    for function in (fp.query_attention, fp.received_attention):
+        actual = function(query, key, lse=lse, backend=backend)
+        torch.testing.assert_close(actual, function(query, key, backend=backend) / 2)
+
+
 # --- the block-wise implementation
 
 
