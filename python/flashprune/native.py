@@ -124,7 +124,7 @@ def _load_cpu() -> str:
 def _load_cuda() -> str:
     missing = build_facts().get("cuda_missing")
     if missing is not None:
-        return f"not built ({missing}): install the CUDA toolkit, 12.8 or later, and reinstall flashprune"
+        return f"not built ({missing}): reinstall flashprune where the CUDA toolkit, 12.8 or later, is found"
     # The library refers to symbols that only a CUDA build of torch has.
     if (_PACKAGE / "libflashprune_cuda.so").exists() and torch.version.cuda is None:
         return f"built, but torch {torch.__version__} has no CUDA: install a CUDA build of torch"
