@@ -16,7 +16,7 @@ def race(case: Case, inputs: dict[str, Tensor], backend: str) -> Race:
         ours=lambda: fp.dpp_select(x, relevance, k, sort=False, backend=backend),
         peers={"CDPruner loop": lambda: cdpruner.map_loop(x, relevance, k)},
         yardsticks=products(x, k),
-        check=picks_check("dpp", x, relevance, k),
+        check=picks_check("dpp", x, relevance, k=k),
     )
 
 

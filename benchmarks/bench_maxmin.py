@@ -16,7 +16,7 @@ def race(case: Case, inputs: dict[str, Tensor], backend: str) -> Race:
         ours=lambda: fp.maxmin_select(x, k, sort=False, backend=backend),
         peers={"DivPrune loop": lambda: divprune.maxmin_loop(x, k)},
         yardsticks=products(x, k),
-        check=picks_check("maxmin", x, k),
+        check=picks_check("maxmin", x, k=k),
     )
 
 

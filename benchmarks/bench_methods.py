@@ -19,7 +19,7 @@ def idpruner_race(case: Case, inputs: dict[str, Tensor], backend: str) -> Race:
         ours=lambda: fp.idpruner(x, scores, k, sort=False, backend=backend),
         peers={"AngelSlim loop": lambda: angelslim_idpruner.idpruner(x, scores, k)},
         yardsticks=products(x, k),
-        check=picks_check("mmr", x, fp.minmax(scores), k),
+        check=picks_check("mmr", x, fp.minmax(scores), k=k),
     )
 
 
@@ -31,7 +31,7 @@ def d2pruner_race(case: Case, inputs: dict[str, Tensor], backend: str) -> Race:
         ours=lambda: fp.d2pruner(x, attention, k, prior=prior, pivot_ratio=PIVOT_RATIO, sort=False, backend=backend),
         peers={"dense + Python MIS": lambda: dense_mis.d2pruner(x, attention, k, prior=prior, pivot_ratio=PIVOT_RATIO)},
         yardsticks=products(x, k),
-        check=picks_check("mis", x, fp.debias(attention, prior), k, pivots=pivots),
+        check=picks_check("mis", x, fp.debias(attention, prior), k=k, pivots=pivots),
     )
 
 

@@ -16,7 +16,7 @@ def race(case: Case, inputs: dict[str, Tensor], backend: str) -> Race:
         ours=lambda: fp.mis_select(x, importance, k, sort=False, backend=backend),
         peers={"dense + Python MIS": lambda: dense_mis.mis_loop(x, importance, k)},
         yardsticks={"one N×N product": lambda: x @ x.T, **products(x, k)},
-        check=picks_check("mis", x, importance, k),
+        check=picks_check("mis", x, importance, k=k),
     )
 
 

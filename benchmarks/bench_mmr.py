@@ -16,7 +16,7 @@ def race(case: Case, inputs: dict[str, Tensor], backend: str) -> Race:
         ours=lambda: fp.mmr_select(x, importance, k, sort=False, backend=backend),
         peers={"AngelSlim loop": lambda: angelslim_idpruner.mmr_loop(x, importance, k)},
         yardsticks=products(x, k),
-        check=picks_check("mmr", x, importance, k),
+        check=picks_check("mmr", x, importance, k=k),
     )
 
 

@@ -15,7 +15,7 @@ def race(case: Case, inputs: dict[str, Tensor], backend: str) -> Race:
     return Race(
         ours=lambda: fp.topk_select(scores, k, sort=False, backend=backend),
         peers={"torch.topk": lambda: torch.topk(scores, k).indices},
-        check=picks_check("topk", scores, k),
+        check=picks_check("topk", scores, k=k),
     )
 
 

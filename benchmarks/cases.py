@@ -117,7 +117,8 @@ def _smooth(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 def _gaussian(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     features = torch.randn(case.n, case.d, generator=generator)
-    return features, torch.rand(case.n, generator=generator)
+    distinct = torch.randperm(case.n, generator=generator) + 1  # torch.topk leaves the order of ties open
+    return features, distinct / case.n
 
 
 def _unit_interval(values: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def memory_row(case: Case, backend: str) -> tuple[str, ...]:
     peak = memory.peak_extra_mb(case, backend)
     verdict = "met" if peak <= MEMORY_GOAL_MB else "missed"
     dense = f"{4 * case.n**2 / memory.MB:,.0f} MB"
-    return case.op, _size(case), case.data, f"{peak:.0f} MB", f"≤ {MEMORY_GOAL_MB} MB: {verdict}", dense
+    return case.op, _size(case), case.data, f"{_figure(peak)} MB", f"≤ {MEMORY_GOAL_MB} MB: {verdict}", dense
 
 
 def _heading(backend: str) -> str:
@@ -93,8 +93,8 @@ def _time(outcome: Outcome, name: str) -> str:
     return f"{_figure(median(ms))} ({_figure(min(ms))}–{_figure(max(ms))})"
 
 
-def _figure(ms: float) -> str:
-    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
