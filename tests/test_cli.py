@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import flashprune as fp
-from flashprune.cli import app, demo, draw, files, photos
+from flashprune.cli import app, commands, demo, draw, files, photos, runs, validate
 
 METHODS = ("topk", "divprune", "cdpruner", "idpruner", "d2pruner")
 REFERENCE = ("--backend", "reference")
@@ -283,9 +283,11 @@ class TestDemo:
         monkeypatch.setattr(demo, "DEMO_PHOTOS", photographs)
         monkeypatch.setattr(demo, "_DIM", 32)
 
-    def test_picture_and_table(self, tmp_path: Path) -> None:
-        result = run("demo", "--out", tmp_path / "new" / "folder", *REFERENCE)
+    def test_picture_and_table(self, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        result = run("demo", "--out", "new/folder", *REFERENCE)
         assert result.exit_code == 0, result.output
+        assert is_plain(result.stdout)
         picture = tmp_path / "new" / "folder" / demo.PICTURE
         with Image.open(picture) as image:
             image.load()
@@ -300,10 +302,6 @@ class TestDemo:
         for block in range(0, 20, 5):
             kept = [float(row[5].rstrip("%")) for row in rows[block : block + 5]]
             assert max(kept) == kept[0]
-
-    def test_output_is_plain(self, tmp_path: Path, monkeypatch) -> None:
-        monkeypatch.chdir(tmp_path)
-        assert is_plain(run("demo", *REFERENCE).stdout)
 
     def test_folder_cannot_be_made(self, photo: Path) -> None:
         assert "--out" in fails("demo", "--out", photo / "folder")
@@ -383,15 +381,15 @@ class TestCommand:
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
     def test_version(self) -> None:
-        done = self.call("-m", "flashprune.cli", "--version")
-        assert (done.returncode, done.stdout, done.stderr) == (0, f"flashprune {fp.__version__}\n", "")
+        result = run("--version")
+        assert (result.exit_code, result.stdout, result.stderr) == (0, f"flashprune {fp.__version__}\n", "")
 
     def test_wrong_input(self, tmp_path: Path) -> None:
         done = self.call("-m", "flashprune.cli", "select", str(tmp_path / "none.png"))
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == f"flashprune: error: there is no file {tmp_path / 'none.png'}\n"
 
-    @pytest.mark.parametrize("package", ["typer", "rich", "PIL"])
+    @pytest.mark.parametrize("package", ["typer", "PIL"])
     def test_without_the_extra(self, package: str, photo: Path) -> None:
         code = (
             f"import sys; sys.modules[{package!r}] = None; sys.argv[1:] = ['select', {str(photo)!r}]\n"
@@ -414,7 +412,6 @@ class TestCommand:
 
 
 def test_every_method_and_backend_name_is_offered() -> None:
-    from flashprune.cli import commands, runs, validate
 
     assert tuple(commands.MethodName.__members__) == tuple(runs.METHODS) == METHODS
     assert {"auto", *fp.backends()} == set(commands.BackendName.__members__)

@@ -143,7 +143,7 @@ def validate(
         typer.Option(metavar="BACKEND", help="One backend; every one that is ready on the device when not given."),
     ] = None,
     only: Annotated[str | None, typer.Option(metavar="OP[:CASE]", help="One operator, or one of its cases.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of all random inputs.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller sizes, under 10 seconds.")] = False,
 ) -> None:
     from .validate import validate as run
