@@ -15,17 +15,25 @@ extern const Kernels table;
 }
 #endif
 
-const Kernels& kernels() {
+const std::vector<const Kernels*>& runnable_kernels() {
+  static const std::vector<const Kernels*> tables = [] {
+    std::vector<const Kernels*> runnable;
 #if defined(__x86_64__)
-  static const Kernels& best = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")
-                                   ? avx512::table
-                               : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2::table
-                                                                                                 : baseline::table;
-  return best;
-#else
-  return baseline::table;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw")) {
+      runnable.push_back(&avx512::table);
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) runnable.push_back(&avx2::table);
 #endif
+    runnable.push_back(&baseline::table);
+    return runnable;
+  }();
+  return tables;
+}
+
+const Kernels& kernels() {
+  static const Kernels& fastest = *runnable_kernels().front();
+  return fastest;
 }
 
 }  // namespace flashprune

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace flashprune {
 
@@ -33,7 +34,10 @@ struct Kernels {
   void (*scale)(float* row, int64_t d, float factor);
 };
 
-// The fastest table that this processor runs.
+// The tables that this processor runs, fastest first.
+const std::vector<const Kernels*>& runnable_kernels();
+
+// The fastest of them.
 const Kernels& kernels();
 
 }  // namespace flashprune
