@@ -303,6 +303,11 @@ class TestDemo:
             kept = [float(row[5].rstrip("%")) for row in rows[block : block + 5]]
             assert max(kept) == kept[0]
 
+    def test_backend_that_cannot_run(self, tmp_path: Path) -> None:
+        result = run("demo", "--out", tmp_path / "new", "--backend", "triton")
+        assert result.exit_code == 2 and "backend='triton' cannot run" in result.stderr
+        assert not (tmp_path / "new" / demo.PICTURE).exists()
+
     def test_folder_cannot_be_made(self, photo: Path) -> None:
         assert "--out" in fails("demo", "--out", photo / "folder")
 

@@ -26,13 +26,16 @@ def quick(op: str, *more: str):
     return run("--quick", "--backend", "reference", "--only", op, *more)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("op", cases.OPERATORS)
-def test_reference_passes(op: str) -> None:
-    result = quick(op)
+def test_sound_operators_pass(op: str, backend: str) -> None:
+    if fp.backends()[backend] != "ready":
+        pytest.skip(f"{backend}: {fp.backends()[backend]}")
+    result = run("--quick", "--backend", backend, "--only", op)
     assert result.exit_code == 0, result.output
     rows = [line.split() for line in result.stdout.splitlines() if line.strip().startswith(op)]
     assert [(row[1], row[2], row[4]) for row in rows] == [
-        ("reference", dtype, "0") for dtype in ("float32", "float16", "bfloat16")
+        (backend, dtype, "0") for dtype in ("float32", "float16", "bfloat16")
     ]
     assert "cases passed" in result.stdout
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import flashprune as fp
 
 from ..dispatch import resolve
+from .console import InputError
 
 _RUNS = 5
 _TIME_LIMIT = 0.5  # seconds, after which no further run is started
@@ -77,13 +78,19 @@ METHODS: Mapping[str, Method] = {
 
 
 def run(method: str, tokens: Tokens, k: int, backend: str) -> Run:
-    """Select a few times, each until the indices are there. The first, the warm-up, counts only if it is too slow."""
+    """Select a few times, each until the indices are there. The first, the warm-up, counts only if it is too slow.
+
+    Raises InputError when the backend cannot run here.
+    """
+    try:
+        ran = resolve(backend, tokens.features.device, tokens.features.dtype)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(str(error)) from None
     select = functools.partial(METHODS[method].select, tokens, k, backend=backend, **METHODS[method].settings)
     indices, warm_up = _timed(select, tokens)
     latencies = [warm_up] if warm_up > _TIME_LIMIT else []
     while len(latencies) < _RUNS and sum(latencies) < _TIME_LIMIT:
         latencies.append(_timed(select, tokens)[1])
-    ran = resolve(backend, tokens.features.device, tokens.features.dtype)
     return Run(indices, ran, statistics.median(latencies) * 1e3, len(latencies))
 
 

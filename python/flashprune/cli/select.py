@@ -53,10 +53,7 @@ def select(
         raise InputError(f"{path} has no entry named importance, which {method} needs (divprune works without)")
     if out is not None and source.grid is None:
         raise InputError(f"--out needs a grid: {path} has no entry named grid (give --grid ROWSxCOLS)")
-    try:
-        timed = run(method, source.tokens, k, backend)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(str(error)) from None
+    timed = run(method, source.tokens, k, backend)
     outputs: list[tuple[Path, bytes]] = []
     if out is not None:
         outputs.append((out, files.png_bytes(_picture(source, timed.indices))))
