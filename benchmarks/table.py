@@ -32,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         rows += rows_of(case, race, outcome)
         failures.update({f"{case}: {name}": why for name, why in outcome.failures.items()})
     text += _markdown(COLUMNS, rows)
-    if not args.no_memory and memory.supported():
-        wanted = [case for case in MEMORY if not args.op or case.op in args.op]
+    wanted = [case for case in MEMORY if not args.op or case.op in args.op]
+    if wanted and not args.no_memory and memory.supported():
         text += ["", *_markdown(MEMORY_COLUMNS, [memory_row(case, args.backend) for case in wanted])]
     if failures:
         text += ["", *(f"- FAILED, not timed: {name}: {why}" for name, why in failures.items())]
