@@ -71,7 +71,7 @@ def per_token(name: str, x: Tensor, like: Tensor, like_name: str = "features") -
 
 def same_device(name: str, x: Tensor, like: Tensor, like_name: str = "features") -> None:
     if x.device != like.device:
-        raise ValueError(f"{name} must be on {like_name}'s device {like.device}, got {x.device}")
+        raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {x.device}")
 
 
 def budgets(k: Any, features: Tensor, cu_seqlens: Tensor | None, name: str = "features") -> list[int]:

@@ -161,16 +161,16 @@ def nearness(
     sigma: float = 1.0,
     temporal_radius: int = 0,
 ) -> Tensor:
-    """Spatial term of the graph, ``[N]`` in [0, 1]: how near each token is to token ``i`` on the grid."""
-    where = positions.long()
+    """Spatial term of the graph, ``[N]`` in [0, 1]: how near each token is to token ``i``, rounded once, to ``dtype``."""
+    where = positions.double()
     dt, dy, dx = (where - where[i]).abs().unbind(-1)
-    squared = (dy * dy + dx * dx).to(dtype)
+    distance = (dy * dy + dx * dx).sqrt()
     if proximity == "chebyshev":
-        near = (torch.maximum(dy, dx) <= radius).to(dtype)
+        near = (torch.maximum(dy, dx) <= radius).double()
     elif proximity == "gaussian":
-        near = torch.exp(-squared / (2 * sigma * sigma))
+        near = torch.exp(-(dy * dy + dx * dx) / (2 * sigma * sigma))
     else:
         height, width = (where.amax(0) - where.amin(0))[1:].unbind()
-        diagonal = (height * height + width * width).to(dtype).sqrt()
-        near = torch.where(diagonal > 0, (1 - squared.sqrt() / diagonal).clamp(min=0), 1.0)
-    return torch.where(dt > temporal_radius, 0.0, near)
+        diagonal = (height * height + width * width).sqrt()
+        near = torch.where(diagonal > 0, (1 - distance / diagonal).clamp(min=0), 1.0)
+    return torch.where(dt > temporal_radius, 0.0, near).to(dtype)
