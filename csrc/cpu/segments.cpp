@@ -1,8 +1,9 @@
 #include "segments.h"
 
 #include <algorithm>
-#include <atomic>
 #include <stdexcept>
+
+#include "threads.h"
 
 namespace flashprune {
 
@@ -25,19 +26,8 @@ std::string shape_text(const Tensor& tensor, int64_t dims) {
   return text + "]";
 }
 
-// torch's own thread pool, with tasks handed out as threads come free. Inside an outer parallel region it runs
-// serially.
-void run_parallel(int tasks, const std::function<void(int)>& body) {
-  const int threads = std::min(tasks, int(torch::stable::get_num_threads()));
-  if (threads <= 1) {
-    for (int task = 0; task < tasks; ++task) body(task);
-    return;
-  }
-  std::atomic<int> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int task = next++; task < tasks; task = next++) body(task);
-  });
-}
+// Below this a team costs more than it saves: about 0.2 ms of one thread.
+constexpr int64_t kLeastParallelElements = 1 << 18;
 
 std::vector<int64_t> segment_bounds(const Tensor& cu_seqlens, int64_t tokens) {
   check(cu_seqlens.is_cpu() && cu_seqlens.dim() == 1 && cu_seqlens.scalar_type() == ScalarType::Int &&
@@ -100,13 +90,16 @@ Tensor Segments::run(bool sort, const Select& select) const {
     if (sort) std::sort(picks.begin(), picks.end());
     for (int64_t i = 0; i < segment.k; ++i) data[segment.offset + i] = segment.base + picks[size_t(i)];
   };
-  // Many segments: a thread each. Few: one after another, all threads inside.
-  const int count = int(list_.size()), threads = int(torch::stable::get_num_threads());
-  if (count >= 2 * threads) {
-    run_parallel(count, [&](int s) { one(list_[size_t(s)], {1, run_parallel}); });
-  } else {
-    for (const Segment& segment : list_) one(segment, {threads, run_parallel});
-  }
+  const int threads = elements_ < kLeastParallelElements ? 1 : int(torch::stable::get_num_threads());
+  with_threads(threads, [&](const ParallelFor& parallel) {
+    // Many segments: a thread each. Few: one after another, all threads inside.
+    const int count = int(list_.size());
+    if (count >= 2 * threads) {
+      parallel(count, [&](int s) { one(list_[size_t(s)], {1, run_serially}); });
+    } else {
+      for (const Segment& segment : list_) one(segment, parallel);
+    }
+  });
   return out;
 }
 

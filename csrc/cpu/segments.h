@@ -49,6 +49,7 @@ class Segments {
  private:
   std::vector<Segment> list_;
   std::vector<int64_t> shape_;  // of the result
+  int64_t elements_;            // of the input
 };
 
 // features with unit stride along D.
