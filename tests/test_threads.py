@@ -24,8 +24,11 @@ def inputs(n: int = 600, d: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(n, d, generator=generator).relu(), torch.rand(n, generator=generator)
 
 
+INPUTS = inputs()
+
+
 def select() -> torch.Tensor:
-    return fp.mmr_select(*inputs(), 150, sort=False, backend="cpu")
+    return fp.mmr_select(*INPUTS, 150, sort=False, backend="cpu")
 
 
 @pytest.mark.parametrize("threads", [2, 3, 8])
@@ -38,7 +41,7 @@ def test_any_number_of_threads(threads: int) -> None:
 
 
 def test_ragged_batches_share_the_threads() -> None:
-    features, importance = inputs(1200)
+    features, _ = inputs(1200)
     sizes = [0, 1, 299, 300, 7, 250, 343]
     bounds = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     ks = [n // 3 for n in sizes]
@@ -61,6 +64,6 @@ def test_after_a_fork() -> None:
     torch.set_num_threads(2)
     alone = select()  # the parent's team exists now; the child has none of its threads
     child = os.fork()
-    if child == 0:
+    if child == 0:  # only the selection: torch's own thread pool does not survive a fork
         os._exit(0 if torch.equal(select(), alone) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
