@@ -10,10 +10,12 @@ Bounds, with eps of the working precision (float32: 2**-23) and D features:
 - a cosine is off by at most (sqrt(D) + 8) * eps: rounding errors of a sum of D products add up like a random walk
   (Higham and Mary, 2019), with a factor of two to spare, and two norms are divided out;
 - mmr, mis and maxmin add a few eps of the terms that they combine with it;
-- dpp: gains are Schur complements of the kernel; perturbing its entries by u * r_i * r_j moves the gain of token i by
-  at most u * (|r_i| + sum over picks |w_s r_s|)**2 to first order, w the coefficients that best express token i by the
-  picks. u is a cosine's bound plus that of the Cholesky factor's inner products. Spent tokens are judged alike: within
-  the bound of DPP_RANK_TOL a token may count either way.
+- dpp: gains are Schur complements of the kernel. With w the coefficients that best express token i by the picks and
+  q**2 the sum of (w_s r_s)**2, independent errors u * r_a * r_b in the kernel's entries move the gain of token i by about
+  u * (2 |r_i| q + q**2); u = (sqrt(D) / 8 + sqrt(step) / 8 + 2) * eps: a cosine's typical error, as many average out here,
+  and that of the factor's inner products. Subtracting once a step adds (2 + sqrt(step)) * eps * L_ii. (The reference
+  stays below a half of this on random, correlated and low-rank features.) Spent tokens are judged alike: within the
+  bound of DPP_RANK_TOL a token may count either way.
 
 Rows whose squared norm comes near the underflow of the working precision are outside these bounds.
 """
@@ -58,13 +60,12 @@ def mmr(picks: Tensor, features: Tensor, importance: Tensor, *, lam: float, per_
     unit, eps, weights = _units(features), torch.finfo(features.dtype).eps, importance.double()
     alive = torch.ones_like(weights, dtype=torch.bool)
     nearest = torch.full_like(weights, -math.inf)
-    scores, errors = weights, torch.zeros_like(weights)
+    scores, errors, columns = weights, torch.zeros_like(weights), _columns(unit, picks)
     for start in range(0, len(picks), per_round):
-        chosen = picks[start : start + per_round]
-        for step, pick in enumerate(chosen.tolist(), start):
+        for step, pick in enumerate(picks[start : start + per_round].tolist(), start):
             yield from _judge(step, pick, scores, errors, alive)
             alive[pick] = False
-        nearest = torch.maximum(nearest, (unit @ unit[chosen].T).amax(1))
+            nearest = torch.maximum(nearest, next(columns))
         scores = lam * weights - (1 - lam) * nearest
         rounding = 2 * eps * (lam * weights.abs() + (1 - lam) * nearest.abs())
         errors = torch.where(scores.isfinite(), (1 - lam) * cosine_bound(features) + rounding, 0.0)
@@ -76,10 +77,10 @@ def maxmin(picks: Tensor, features: Tensor) -> Iterator[Finding]:
     errors = torch.full_like(unit[:, 0], cosine_bound(features) + torch.finfo(features.dtype).eps)
     scores = 1 - _nearest_other(unit) if len(picks) else errors
     nearest = torch.full_like(errors, -math.inf)
-    for step, pick in enumerate(picks.tolist()):
+    for (step, pick), column in zip(enumerate(picks.tolist()), _columns(unit, picks), strict=True):
         yield from _judge(step, pick, scores, errors, alive)
         alive[pick] = False
-        nearest = torch.maximum(nearest, unit @ unit[pick])
+        nearest = torch.maximum(nearest, column)
         scores = 1 - nearest
 
 
@@ -93,8 +94,8 @@ def dpp(picks: Tensor, features: Tensor, relevance: Tensor) -> Iterator[Finding]
     factor = weights.new_zeros(len(picks), len(weights))  # [step, token], rows of the Cholesky factor
     mix = torch.zeros_like(factor)  # how the picks express each token, scaled by the picks' relevance
     for step, pick in enumerate(picks.tolist()):
-        spread = mix[:step].abs().sum(0)
-        inner = cosine_bound(features) + (2 * math.sqrt(step) + 8) * eps
+        spread = (mix[:step] ** 2).sum(0).sqrt()
+        inner = (math.sqrt(features.shape[-1]) / 8 + math.sqrt(step) / 8 + 2) * eps
         errors = (2 + math.sqrt(step)) * eps * diagonal + inner * spread * (2 * weights.abs() + spread)
         errors = torch.where(gains.isfinite(), errors.nan_to_num(math.inf), 0.0)
         fresh = alive & (gains - errors > floor)  # not spent by any rounding
@@ -282,6 +283,12 @@ def _units(features: Tensor) -> Tensor:
     wide = features.double()
     norms = (wide * wide).sum(-1, keepdim=True).sqrt()
     return torch.where(valid_rows(features)[:, None], wide / norms, 0.0)
+
+
+def _columns(unit: Tensor, picks: Tensor) -> Iterator[Tensor]:
+    """Cosines of all rows to each pick in turn, computed for many picks at once."""
+    for block in picks.split(64):
+        yield from (unit @ unit[block].T).unbind(1)
 
 
 def _nearest_other(unit: Tensor) -> Tensor:
