@@ -11,11 +11,11 @@ Bounds, with eps of the working precision (float32: 2**-23) and D features:
   (Higham and Mary, 2019), with a factor of two to spare, and two norms are divided out;
 - mmr, mis and maxmin add a few eps of the terms that they combine with it;
 - dpp: gains are Schur complements of the kernel. With w the coefficients that best express token i by the picks and
-  q**2 the sum of (w_s r_s)**2, independent errors u * r_a * r_b in the kernel's entries move the gain of token i by about
-  u * (2 |r_i| q + q**2); u = (sqrt(D) / 8 + sqrt(step) / 8 + 2) * eps: a cosine's typical error, as many average out here,
-  and that of the factor's inner products. Subtracting once a step adds (2 + sqrt(step)) * eps * L_ii. (The reference
-  stays below a half of this on random, correlated and low-rank features.) Spent tokens are judged alike: within the
-  bound of DPP_RANK_TOL a token may count either way.
+  q**2 the sum of (w_s r_s)**2, independent errors u * r_a * r_b of the kernel's entries move the gain of token i by
+  about u * (2 |r_i| q + q**2). Here u = (sqrt(D) / 8 + sqrt(step) / 8 + 2) * eps: a cosine's typical error, as many
+  average out, and that of the factor's inner products. Subtracting once a step adds (2 + sqrt(step)) * eps * L_ii.
+  The reference stays below two thirds of this on random, correlated and low-rank features. Spent tokens are judged
+  alike: within the bound of DPP_RANK_TOL a token may count either way.
 
 Rows whose squared norm comes near the underflow of the working precision are outside these bounds.
 """
@@ -86,9 +86,8 @@ def maxmin(picks: Tensor, features: Tensor) -> Iterator[Finding]:
 
 def dpp(picks: Tensor, features: Tensor, relevance: Tensor) -> Iterator[Finding]:
     unit, eps, weights = _units(features), torch.finfo(features.dtype).eps, relevance.double()
-    diagonal = torch.where(
-        valid_rows(features), relevance * relevance, 0.0
-    ).double()  # overflows as the selection's does
+    rounded = torch.where(valid_rows(features), relevance * relevance, 0.0).double()  # may overflow, as in a selection
+    diagonal = torch.where(rounded.isfinite() & (rounded > 0), weights * weights, rounded)
     gains, floor = diagonal.clone(), DPP_RANK_TOL * diagonal
     alive = torch.ones_like(weights, dtype=torch.bool)
     factor = weights.new_zeros(len(picks), len(weights))  # [step, token], rows of the Cholesky factor

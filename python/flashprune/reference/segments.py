@@ -161,7 +161,7 @@ def nearness(
     sigma: float = 1.0,
     temporal_radius: int = 0,
 ) -> Tensor:
-    """Spatial term of the graph, ``[N]`` in [0, 1]: how near each token is to token ``i``, rounded once, to ``dtype``."""
+    """Spatial term of the graph, ``[N]`` in [0, 1]: how near each token is to token ``i``, in ``dtype``."""
     where = positions.double()
     dt, dy, dx = (where - where[i]).abs().unbind(-1)
     distance = (dy * dy + dx * dx).sqrt()
