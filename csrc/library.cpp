@@ -1,4 +1,5 @@
-// Every operator of torch.ops.flashprune, in one place. Implementations register themselves: csrc/cpu, csrc/cuda.
+// The selection operators of torch.ops.flashprune. Implementations register themselves: csrc/cpu, csrc/cuda. The two of
+// attention are in python/flashprune/attention.py: they are made of torch's own products and need no library.
 //
 // Shapes are those of the public Python functions: features [N, D], [B, N, D], or packed [T, D] with cu_seqlens int32
 // [B + 1]; k has one entry, or one a segment when packed; the result is int64 [k], [B, k] or [sum k].

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from . import metrics, reference, testing
 from .budgets import budget, indices_to_mask
 from .dispatch import backends
-from .importance import debias, minmax, query_attention, received_attention, soft_topk
+from .importance import debias, minmax, query_attention, received_attention, resize_prior, soft_topk
 from .methods import cdpruner, d2pruner, divprune, fastv, idpruner, naive_hybrid
 from .scorer import VisionSelector
 from .selectors import dpp_select, maxmin_select, mis_select, mmr_select, topk_select
@@ -37,6 +37,7 @@ __all__ = [
     "query_attention",
     "received_attention",
     "reference",
+    "resize_prior",
     "soft_topk",
     "testing",
     "topk_select",
