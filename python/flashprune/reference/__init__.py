@@ -11,7 +11,7 @@ from functools import partial, update_wrapper
 from typing import Any
 
 from .. import metrics
-from .importance import debias, minmax, query_attention, received_attention, soft_topk
+from .importance import debias, minmax, query_attention, received_attention, resize_prior, soft_topk
 from .selectors import dpp_select, maxmin_select, mis_select, mmr_select, topk_select
 
 _METHODS = ("cdpruner", "d2pruner", "divprune", "fastv", "idpruner", "naive_hybrid")
@@ -32,6 +32,7 @@ __all__ = [
     "naive_hybrid",
     "query_attention",
     "received_attention",
+    "resize_prior",
     "soft_topk",
     "topk_select",
 ]
