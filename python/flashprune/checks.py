@@ -152,7 +152,7 @@ def number(name: str, value: Any, least: float = -math.inf, most: float = math.i
     if not isinstance(value, int | float | Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a host number, got {_described(value)}")
     result = float(value)
-    if not math.isfinite(result):
+    if not -math.inf < result < math.inf:  # math.isfinite takes no symbolic float
         raise ValueError(f"{name}={value} must be finite")
     if not least <= result <= most:
         wanted = f"between {least:g} and {most:g}" if math.isfinite(most) else f"at least {least:g}"
