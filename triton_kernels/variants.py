@@ -1,0 +1,20 @@
+"""What one compiled form of a kernel is, for the tests that compile every shipped form ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One shipped configuration: `signature` maps every argument to a Triton type, such as `*fp32`, `i32` or `constexpr`."""
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    tensor_cores: bool = False
