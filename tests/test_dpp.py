@@ -70,7 +70,7 @@ def test_odd_relevance(backend: str) -> None:
     assert pick(torch.eye(7, 16), relevance, 7, backend=backend) == [2, 3, 6, 4, 1, 0, 5]
 
 
-@pytest.mark.parametrize(("factor", "expected"), [(4.0, [0, 1, 2]), (0.25, [0, 2, 1])])
+@pytest.mark.parametrize(("factor", "expected"), [(1.5, [0, 1, 2]), (0.67, [0, 2, 1])])
 def test_spent_means_a_gain_of_float32_noise(factor: float, expected: list[int], backend: str) -> None:
     """Token 1 is almost token 0: what is left of it lies above, or below, DPP_RANK_TOL of its own entry.
 
