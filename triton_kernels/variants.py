@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Variant:
-    """One shipped configuration: `signature` maps every argument to a Triton type, such as `*fp32`, `i32` or `constexpr`."""
+    """One shipped configuration. `signature` gives each argument its Triton type: `*fp32`, `i32`, `constexpr`, ..."""
 
     name: str
     kernel: Any
