@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashprune as fp
-from flashprune import dispatch
+from flashprune import dispatch, triton_ops
 from inputs import VARIANTS, Variant, gaussian
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
@@ -79,35 +79,77 @@ def test_without_the_library_auto_warns_once_and_cpu_refuses(monkeypatch: pytest
     assert fp.backends()["cpu"] == "not built: install a compiler"
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_what_is_not_built_says_so(backend: str) -> None:
-    assert fp.backends()[backend].startswith("not built yet")
-    with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot run: not built yet"):
-        fp.topk_select(torch.ones(3), 1, backend=backend)
+def test_what_is_not_built_says_so() -> None:
+    assert fp.backends()["cuda"].startswith("not built yet")
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run: not built yet"):
+        fp.topk_select(torch.ones(3), 1, backend="cuda")
 
 
-def test_a_gpu_without_kernels_falls_back() -> None:
-    with pytest.warns(UserWarning, match="slow reference on cuda tensors .*cuda: not built yet.*triton: not built yet"):
-        assert dispatch.resolve("auto", GPU, torch.float32) == "reference"
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_triton_without_a_gpu_says_so() -> None:
+    assert fp.backends()["triton"] == "no GPU: torch.cuda.is_available() is False"
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: no GPU"):
+        fp.topk_select(torch.ones(3), 1, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("found", "status"),
+    [
+        (None, "triton not installed: pip install 'triton>=3.6'"),
+        ("3.5.1", "triton 3.5.1 is too old: pip install 'triton>=3.6'"),
+        ("3.6.0", "ready"),
+        ("3.10.0+git1", "ready"),
+    ],
+)
+def test_the_status_of_triton(found: str | None, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: found)
+    monkeypatch.setattr(dispatch, "version", lambda name: found)
+    assert dispatch._triton_status() == status
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a GPU and Triton, as far as dispatch can see."""
+    monkeypatch.setitem(dispatch._status, "triton", "ready")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def test_a_gpu_without_kernels_falls_back(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch._status, "triton", "triton not installed")
+    with pytest.warns(
+        UserWarning, match="slow reference on cuda tensors .*cuda: not built yet.*triton: triton not installed"
+    ):
+        assert dispatch.resolve("auto", "topk_select", GPU, torch.float32) == "reference"
+
+
+def test_an_operator_without_a_triton_kernel_says_so(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ops, "KERNELS", frozenset({"topk_select"}))
+    assert dispatch.resolve("auto", "topk_select", GPU, torch.float32) == "triton"
+    with pytest.warns(UserWarning, match="triton: no Triton kernel for dpp_select yet") as caught:
+        assert dispatch.resolve("auto", "dpp_select", GPU, torch.float32) == "reference"
+        assert dispatch.resolve("auto", "dpp_select", GPU, torch.float32) == "reference"
+    assert len(caught) == 1
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: no Triton kernel for dpp_select yet"):
+        dispatch.resolve("triton", "dpp_select", GPU, torch.float32)
 
 
 def test_a_backend_takes_its_own_tensors_only(native: None) -> None:
     with pytest.raises(ValueError, match="backend='cpu' cannot run: it takes cpu tensors, got cuda:0"):
-        dispatch.resolve("cpu", GPU, torch.float32)
+        dispatch.resolve("cpu", "topk_select", GPU, torch.float32)
     with pytest.raises(
         ValueError, match="backend='cpu' cannot run: it takes float32, float16 and bfloat16, got float64"
     ):
-        dispatch.resolve("cpu", CPU, torch.float64)
-    assert dispatch.resolve("reference", GPU, torch.float64) == "reference"
+        dispatch.resolve("cpu", "topk_select", CPU, torch.float64)
+    assert dispatch.resolve("reference", "topk_select", GPU, torch.float64) == "reference"
 
 
-def test_a_gpu_backend_that_is_ready_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dispatch._status, "triton", "ready")
-    assert dispatch.resolve("auto", GPU, torch.bfloat16) == "triton"
+def test_a_gpu_backend_that_is_ready_comes_first(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ops, "KERNELS", frozenset({"topk_select"}))
+    assert dispatch.resolve("auto", "topk_select", GPU, torch.bfloat16) == "triton"
     monkeypatch.setitem(dispatch._status, "cuda", "ready")
-    assert dispatch.resolve("auto", GPU, torch.bfloat16) == "cuda"
+    assert dispatch.resolve("auto", "topk_select", GPU, torch.bfloat16) == "cuda"
     with pytest.raises(ValueError, match="backend='cuda' cannot run: it takes cuda tensors, got cpu"):
-        dispatch.resolve("cuda", CPU, torch.float32)
+        dispatch.resolve("cuda", "topk_select", CPU, torch.float32)
 
 
 def test_backends_is_a_copy() -> None:
@@ -130,3 +172,9 @@ def test_a_tree_without_libraries_imports_and_selects(tmp_path: Path) -> None:
         [sys.executable, "-c", script], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
     )
     assert run.stdout == "[1, 3] 1\n", run.stderr
+
+
+def test_importing_the_package_imports_no_triton() -> None:
+    script = "import sys, flashprune; print('triton' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout == "False\n", run.stderr

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import attention, checks, dispatch
+from .operators import namespace
 
 _BISECTIONS = 64  # halvings of soft_topk's bracket: past float64's resolution for any sane range of scores
 
@@ -56,13 +57,14 @@ def query_attention(
     torch.Size([576])
     """
     scale = check_query_attention(query, key, scale, lse, visual, prior, eps)
-    if _backend(backend, query) == "reference":
+    backend = _backend(backend, "query_attention", query)
+    if backend == "reference":
         from .reference import importance as reference
 
         return reference.query_attention(query, key, scale=scale, lse=lse, visual=visual, prior=prior, eps=eps)
     span = list(visual.indices(key.shape[-3])) if isinstance(visual, slice) else []
     index = visual if isinstance(visual, Tensor) else None
-    return torch.ops.flashprune.query_attention(query, key, scale, lse, index, span, prior, float(eps))
+    return namespace(backend).query_attention(query, key, scale, lse, index, span, prior, float(eps))
 
 
 def received_attention(
@@ -108,7 +110,8 @@ def received_attention(
     torch.Size([80])
     """
     scale = check_received_attention(query, key, cu_seqlens, max_seqlen, scale, lse, pool, prior, eps)
-    if _backend(backend, query) == "reference":
+    backend = _backend(backend, "received_attention", query)
+    if backend == "reference":
         from .reference import importance as reference
 
         return reference.received_attention(
@@ -122,7 +125,7 @@ def received_attention(
             prior=prior,
             eps=eps,
         )
-    return torch.ops.flashprune.received_attention(
+    return namespace(backend).received_attention(
         query, key, cu_seqlens, max_seqlen, scale, lse, pool, prior, float(eps)
     )
 
@@ -366,8 +369,8 @@ def _sides(name: str, grid: tuple[int, int]) -> tuple[int, int]:
     return checks.integer(f"{name}[0]", grid[0], 1), checks.integer(f"{name}[1]", grid[1], 1)
 
 
-def _backend(backend: str, query: Tensor) -> str:
+def _backend(backend: str, op: str, query: Tensor) -> str:
     """The backend that runs: on a CPU the operators need no native library, so `auto` there is always `cpu`."""
     if query.device.type == "cpu" and backend in ("auto", "cpu"):
         return "cpu"
-    return dispatch.resolve(backend, query.device, query.dtype)
+    return dispatch.resolve(backend, op, query.device, query.dtype)

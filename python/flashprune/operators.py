@@ -1,13 +1,19 @@
-"""Shapes of the native operators, for tracing; importing this module registers them where the library is there."""
+"""Shapes of the operators, for tracing; importing this module registers the native ones where the library is there."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import native
+
+
+def namespace(backend: str) -> Any:
+    """Where the operators of a backend are registered."""
+    return torch.ops.flashprune_triton if backend == "triton" else torch.ops.flashprune
 
 
 def _indices(tokens: Tensor, k: list[int], cu_seqlens: Tensor | None) -> Tensor:
@@ -44,9 +50,14 @@ def _dpp(features: Tensor, relevance: Tensor, k: list[int], cu_seqlens: Tensor |
     return _indices(relevance, k, cu_seqlens)
 
 
-if dispatch.backends()["cpu"] == dispatch.READY:
-    torch.library.register_fake("flashprune::topk_select", _topk)
-    torch.library.register_fake("flashprune::mmr_select", _mmr)
-    torch.library.register_fake("flashprune::mis_select", _mis)
-    torch.library.register_fake("flashprune::maxmin_select", _maxmin)
-    torch.library.register_fake("flashprune::dpp_select", _dpp)
+SHAPES: dict[str, Callable[..., Tensor]] = {
+    "topk_select": _topk,
+    "mmr_select": _mmr,
+    "mis_select": _mis,
+    "maxmin_select": _maxmin,
+    "dpp_select": _dpp,
+}
+
+if native.load():
+    for _op, _shape in SHAPES.items():
+        torch.library.register_fake(f"flashprune::{_op}", _shape)

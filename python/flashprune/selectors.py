@@ -19,9 +19,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import arguments, operators  # noqa: F401  operators registers the shapes that tracing needs
+from . import arguments
 from .checks import Grid
 from .dispatch import resolve
+from .operators import namespace
 from .reference import selectors as reference
 
 __all__ = ["dpp_select", "maxmin_select", "mis_select", "mmr_select", "topk_select"]
@@ -57,9 +58,10 @@ def topk_select(
         tensor([1, 2, 3])
     """
     ks = arguments.topk(scores, k, cu_seqlens, sort)
-    if resolve(backend, scores.device, scores.dtype) == "reference":
+    backend = resolve(backend, "topk_select", scores.device, scores.dtype)
+    if backend == "reference":
         return reference.topk_select(scores, k, cu_seqlens=cu_seqlens, sort=sort)
-    return torch.ops.flashprune.topk_select(scores, ks, cu_seqlens, sort)
+    return namespace(backend).topk_select(scores, ks, cu_seqlens, sort)
 
 
 def mmr_select(
@@ -103,12 +105,13 @@ def mmr_select(
         tensor([0, 2])
     """
     ks = arguments.mmr(features, importance, k, lam, per_round, cu_seqlens, sort)
-    if resolve(backend, features.device, features.dtype) == "reference":
+    backend = resolve(backend, "mmr_select", features.device, features.dtype)
+    if backend == "reference":
         return reference.mmr_select(
             features, importance, k, lam=lam, per_round=per_round, cu_seqlens=cu_seqlens, sort=sort
         )
     importance = _single(importance)
-    return torch.ops.flashprune.mmr_select(features, importance, ks, cu_seqlens, lam, per_round, sort)
+    return namespace(backend).mmr_select(features, importance, ks, cu_seqlens, lam, per_round, sort)
 
 
 def mis_select(
@@ -173,13 +176,14 @@ def mis_select(
         features, importance, k, grid, positions, alpha, threshold, similarity, proximity, radius, sigma,
         temporal_radius, pivots, pivots_suppress, cu_seqlens, sort,
     )  # fmt: skip
-    if resolve(backend, features.device, features.dtype) == "reference":
+    backend = resolve(backend, "mis_select", features.device, features.dtype)
+    if backend == "reference":
         return reference.mis_select(
             features, importance, k, grid=grid, positions=positions, alpha=alpha, threshold=threshold,
             similarity=similarity, proximity=proximity, radius=radius, sigma=sigma, temporal_radius=temporal_radius,
             pivots=pivots, pivots_suppress=pivots_suppress, cu_seqlens=cu_seqlens, sort=sort,
         )  # fmt: skip
-    return torch.ops.flashprune.mis_select(
+    return namespace(backend).mis_select(
         features, _single(importance), ks, places, cu_seqlens, alpha, threshold, similarity, proximity, radius, sigma,
         temporal_radius, pivot_counts, pivots_suppress, sort,
     )  # fmt: skip
@@ -218,9 +222,10 @@ def maxmin_select(
         tensor([0, 2])
     """
     ks = arguments.maxmin(features, k, cu_seqlens, sort)
-    if resolve(backend, features.device, features.dtype) == "reference":
+    backend = resolve(backend, "maxmin_select", features.device, features.dtype)
+    if backend == "reference":
         return reference.maxmin_select(features, k, cu_seqlens=cu_seqlens, sort=sort)
-    return torch.ops.flashprune.maxmin_select(features, ks, cu_seqlens, sort)
+    return namespace(backend).maxmin_select(features, ks, cu_seqlens, sort)
 
 
 def dpp_select(
@@ -260,9 +265,10 @@ def dpp_select(
         tensor([0, 2])
     """
     ks = arguments.dpp(features, relevance, k, cu_seqlens, sort)
-    if resolve(backend, features.device, features.dtype) == "reference":
+    backend = resolve(backend, "dpp_select", features.device, features.dtype)
+    if backend == "reference":
         return reference.dpp_select(features, relevance, k, cu_seqlens=cu_seqlens, sort=sort)
-    return torch.ops.flashprune.dpp_select(features, _single(relevance), ks, cu_seqlens, sort)
+    return namespace(backend).dpp_select(features, _single(relevance), ks, cu_seqlens, sort)
 
 
 def _single(scores: Tensor) -> Tensor:

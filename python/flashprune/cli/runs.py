@@ -28,12 +28,13 @@ class Tokens(NamedTuple):
 
 
 class Method(NamedTuple):
-    """`select(tokens, k, backend=..., **settings)` gives the indices; `label` and `note` stand in the picture."""
+    """`select(tokens, k, backend=..., **settings)` gives the indices, by operator `op`; `label` and `note` stand in the picture."""
 
     label: str
     note: str
     needs_importance: bool
     settings: Mapping[str, float]
+    op: str
     select: Callable[..., Tensor]
 
 
@@ -69,11 +70,11 @@ def _d2pruner(tokens: Tokens, k: int, **settings: Any) -> Tensor:
 _D2PRUNER = {"pivot_ratio": 0.7, "alpha": 1.0, "threshold": 0.8}
 
 METHODS: Mapping[str, Method] = {
-    "topk": Method("Top-k", "importance\nalone", True, {}, _topk),
-    "divprune": Method("DivPrune", "max-min\ndistance", False, {}, _divprune),
-    "cdpruner": Method("CDPruner", "determinantal\npoint process", True, {}, _cdpruner),
-    "idpruner": Method("IDPruner", "MMR,\nlambda 0.5", True, {"lam": 0.5}, _idpruner),
-    "d2pruner": Method("D2Pruner", "pivots + MIS,\nthreshold 0.8", True, _D2PRUNER, _d2pruner),
+    "topk": Method("Top-k", "importance\nalone", True, {}, "topk_select", _topk),
+    "divprune": Method("DivPrune", "max-min\ndistance", False, {}, "maxmin_select", _divprune),
+    "cdpruner": Method("CDPruner", "determinantal\npoint process", True, {}, "dpp_select", _cdpruner),
+    "idpruner": Method("IDPruner", "MMR,\nlambda 0.5", True, {"lam": 0.5}, "mmr_select", _idpruner),
+    "d2pruner": Method("D2Pruner", "pivots + MIS,\nthreshold 0.8", True, _D2PRUNER, "mis_select", _d2pruner),
 }
 
 
@@ -83,7 +84,7 @@ def run(method: str, tokens: Tokens, k: int, backend: str) -> Run:
     Raises InputError when the backend cannot run here.
     """
     try:
-        ran = resolve(backend, tokens.features.device, tokens.features.dtype)
+        ran = resolve(backend, METHODS[method].op, tokens.features.device, tokens.features.dtype)
     except (ValueError, RuntimeError) as error:
         raise InputError(str(error)) from None
     select = functools.partial(METHODS[method].select, tokens, k, backend=backend, **METHODS[method].settings)
