@@ -9,10 +9,11 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
-from inputs import gaussian, signs
+from flashprune.triton_kernels import similarity
 from torch import Tensor
 
-from flashprune.triton_kernels import similarity
+from flashprune.reference.segments import nearest_other, unit_rows
+from inputs import gaussian, signs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -43,3 +44,33 @@ def test_inverse_norms_without_a_norm(device: str) -> None:
     features[4] = 1e30  # its square overflows
     assert similarity.inverse_norms(features).tolist() == [0.25, 0.0, 0.0, 0.0, 0.0, 0.25, 0.25]
     assert similarity.inverse_norms(features[:0]).shape == (0,)
+
+
+def expected_nearest(features: Tensor) -> Tensor:
+    return nearest_other(unit_rows(features.float()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nearest_other(dtype: torch.dtype, device: str) -> None:
+    features = gaussian(2, 70, 40)[0].to(device, dtype)
+    inverse = similarity.inverse_norms(features)
+    expected = torch.cat([expected_nearest(x) for x in features])
+    torch.testing.assert_close(similarity.nearest_other(features, inverse), expected, rtol=0, atol=1e-6)
+    alone = similarity.nearest_other(features[1], inverse[70:])
+    assert torch.equal(alone, similarity.nearest_other(features, inverse)[70:])
+    starts = torch.tensor([0, 1, 1, 45, 70], dtype=torch.int32, device=device)
+    packed = similarity.nearest_other(features[0], inverse[:70], starts)
+    parts = [expected_nearest(features[0, a:b]) for a, b in ((0, 1), (1, 45), (45, 70))]
+    torch.testing.assert_close(packed, torch.cat(parts), rtol=0, atol=1e-6)
+    again = similarity.nearest_other(features[0, 1:45], inverse[1:45])
+    assert torch.equal(packed[1:45], again)
+
+
+def test_nearest_other_of_exact_and_odd_rows(device: str) -> None:
+    features = signs(66, 16).to(device)
+    features[3] = 0.0
+    features[5, 1] = math.nan
+    features[64] = -math.inf
+    nearest = similarity.nearest_other(features, similarity.inverse_norms(features))
+    assert torch.equal(nearest, expected_nearest(features))
+    assert similarity.nearest_other(features[:0], features.new_empty(0)).shape == (0,)
