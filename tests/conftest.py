@@ -1,4 +1,5 @@
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported: its kernels then run on CPU tensors, interpreted
     os.environ["TRITON_INTERPRET"] = "1"
 
-import flashprune as fp  # noqa: E402
+import flashprune as fp
 
 
 @pytest.fixture(params=["reference", "cpu"])
@@ -25,7 +26,23 @@ def native() -> None:
         pytest.skip(f"cpu: {fp.backends()['cpu']}")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where Triton kernels run: the GPU, or the CPU with Triton's interpreter."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    _let_the_interpreter_loop()
+    return torch.device("cpu")
+
+
+def _let_the_interpreter_loop() -> None:
+    """Triton 3.6's interpreter makes `range(n)` of an argument from an array of one element, as NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_index
