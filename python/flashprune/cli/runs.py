@@ -28,7 +28,10 @@ class Tokens(NamedTuple):
 
 
 class Method(NamedTuple):
-    """`select(tokens, k, backend=..., **settings)` gives the indices, by operator `op`; `label` and `note` stand in the picture."""
+    """`select(tokens, k, backend=..., **settings)` gives the indices, by operator `op`.
+
+    `label` and `note` stand in the picture.
+    """
 
     label: str
     note: str
