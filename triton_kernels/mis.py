@@ -1,0 +1,303 @@
+"""Greedy maximal independent set in order of importance.
+
+Candidates stand in order of priority, which never changes, and go through in panels of up to 4096 a segment. A panel
+takes three launches: `strike` multiplies its candidates with every pick so far, `adjacency` with each other (half of
+the square, a bit a pair), and `sweep`, one program a segment, walks the bits 32 candidates at a time: rows that meet a
+kept one are struck all at once, the 32 x 32 block on the diagonal is settled one by one in registers. N·K·D + N·P·D / 2
+multiply-adds for N candidates, K picks and panels of P, at most T·P / 8 bytes of bits: never N². A segment whose budget
+is spent costs empty programs only. `finish` fills by priority and writes the indices.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .host_ints import host_ints
+from .similarity import (
+    Graph,
+    adjacency,
+    edge_tile,
+    graph_variants,
+    pack_bits,
+    segment_bounds,
+    segment_numbers,
+)
+from .variants import Variant
+
+PANEL_WORDS = (64, 128)  # bits of a panel's row, in words of 32: small inputs, large ones
+CHUNK = 1024  # tokens a step of `finish`
+K, PIVOTS, OUT = range(3)  # rows of the table of budgets
+
+
+@triton.jit
+def first_word(start, segment):
+    """Where a segment's words of one bit a candidate begin, in a buffer of T / 32 + segments + 1 words."""
+    return start // 32 + segment
+
+
+@triton.jit
+def strike_kernel(
+    x_ptr,
+    inverse_ptr,
+    positions_ptr,
+    diagonal_ptr,
+    order_ptr,
+    cu_ptr,
+    left_ptr,
+    budgets_ptr,
+    picks_ptr,
+    struck_ptr,
+    panel,
+    words,
+    suppress,
+    T,
+    per_item,
+    item_stride,
+    row_stride,
+    D,
+    scale,
+    offset,
+    alpha,
+    beta,
+    threshold,
+    kind,
+    radius,
+    temporal_radius,
+    falloff,
+    SPATIAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Strike the candidates of one panel that are neighbours of a pick of an earlier one."""
+    row = tl.program_id(0)
+    segment = tl.program_id(2)
+    segments = tl.num_programs(2)
+    start, end = segment_bounds(cu_ptr, segment, T)
+    k = tl.minimum(tl.load(budgets_ptr + segment), end - start)
+    left = tl.load(left_ptr + segment)
+    skipped = tl.where(suppress != 0, 0, tl.load(budgets_ptr + segments + segment))
+    first = panel + row * BLOCK_N  # of the segment's candidates
+    column = skipped + tl.program_id(1) * BLOCK_N  # of the segment's picks
+    if (start + first < end) & (left > 0) & (column < k - left):
+        offs_m = start + first + tl.arange(0, BLOCK_N)
+        offs_n = column + tl.arange(0, BLOCK_N)
+        mask_m = offs_m < end
+        mask_n = offs_n < k - left
+        tokens_m = tl.load(order_ptr + offs_m, mask=mask_m, other=0)
+        tokens_n = tl.load(picks_ptr + start + offs_n, mask=mask_n, other=0)
+        diagonal = tl.load(diagonal_ptr + segment)
+        edges = edge_tile(
+            x_ptr, inverse_ptr, positions_ptr, tokens_m, tokens_n, mask_m, mask_n, per_item, item_stride, row_stride,
+            D, scale, offset, alpha, beta, threshold, kind, radius, temporal_radius, falloff, diagonal,
+            SPATIAL, BLOCK_D, PRECISION, UPCAST,
+        )  # fmt: skip
+        struck = tl.max(edges.to(tl.int32), 1)  # [BM]
+        offs_w = first_word(start, segment) + first // 32 + tl.arange(0, BLOCK_N // 32)
+        inside = first + 32 * tl.arange(0, BLOCK_N // 32) < end - start
+        tl.atomic_or(struck_ptr + offs_w, pack_bits(tl.reshape(struck, [BLOCK_N // 32, 32])), mask=inside)
+
+
+@triton.jit
+def sweep_kernel(
+    bits_ptr,
+    struck_ptr,
+    order_ptr,
+    cu_ptr,
+    budgets_ptr,
+    left_ptr,
+    picks_ptr,
+    taken_ptr,
+    panel,
+    suppress,
+    T,
+    WORDS: tl.constexpr,
+):
+    """Settle one panel of each segment; one program a segment."""
+    segment = tl.program_id(0)
+    segments = tl.num_programs(0)
+    start, end = segment_bounds(cu_ptr, segment, T)
+    n = end - start
+    k = tl.minimum(tl.load(budgets_ptr + segment), n)
+    pivots = tl.load(budgets_ptr + segments + segment)
+    count = k - tl.load(left_ptr + segment)
+    lanes = tl.arange(0, 32)
+    offs_w = tl.arange(0, WORDS)
+    kept = tl.zeros([WORDS], tl.int32)  # candidates of this panel that strike their neighbours
+    for block in range(0, tl.cdiv(tl.minimum(n - panel, 32 * WORDS), 32)):
+        if count < k:
+            first = panel + 32 * block
+            offs_r = first + lanes
+            mask = (offs_r < n)[:, None] & (offs_w <= block)[None, :]
+            rows = tl.load(
+                bits_ptr + (start + offs_r).to(tl.int64)[:, None] * WORDS + offs_w[None, :], mask=mask, other=0
+            )
+            hit = tl.max(((rows & kept[None, :]) != 0).to(tl.int32), 1)  # [32]
+            word = first_word(start, segment) + first // 32
+            struck = tl.load(struck_ptr + word) | tl.sum(hit << lanes, 0)
+            taken = 0
+            strikers = 0
+            before = count
+            for i in tl.static_range(32):
+                own = tl.load(
+                    bits_ptr + (start + first + i).to(tl.int64) * WORDS + block, mask=first + i < n, other=0
+                )  # its later half is never met: strikers come before
+                pivot = first + i < pivots
+                free = (((struck >> i) & 1) | (own & strikers)) == 0
+                take = (first + i < n) & (count < k) & (pivot | free)
+                count += take.to(tl.int32)
+                taken |= take.to(tl.int32) << i
+                strikers |= (take & ((suppress != 0) | (first + i >= pivots))).to(tl.int32) << i
+            kept = tl.where(offs_w == block, strikers, kept)
+            tl.store(taken_ptr + word, taken)
+            mine = (taken >> lanes) & 1
+            tokens = tl.load(order_ptr + start + offs_r, mask=mine != 0, other=0)
+            tl.store(picks_ptr + start + before + tl.cumsum(mine, 0) - mine, tokens, mask=mine != 0)
+    tl.store(left_ptr + segment, k - count)
+
+
+@triton.jit
+def finish_kernel(
+    order_ptr,
+    cu_ptr,
+    budgets_ptr,
+    left_ptr,
+    taken_ptr,
+    chosen_ptr,
+    out_ptr,
+    local,
+    sort,
+    T,
+    CHUNK: tl.constexpr,
+):
+    """Fill each segment's budget by priority and write its indices; one program a segment."""
+    segment = tl.program_id(0)
+    segments = tl.num_programs(0)
+    start, end = segment_bounds(cu_ptr, segment, T)
+    n = end - start
+    k = tl.minimum(tl.load(budgets_ptr + segment), n)
+    left = tl.load(left_ptr + segment)
+    out_ptr += tl.load(budgets_ptr + 2 * segments + segment)
+    shift = tl.where(local != 0, start, 0)
+    found = 0
+    passed = 0
+    for chunk in range(0, n, CHUNK):
+        offs = chunk + tl.arange(0, CHUNK)
+        mask = offs < n
+        words = tl.load(taken_ptr + first_word(start, segment) + offs // 32, mask=mask, other=0)
+        kept = (words >> (offs % 32)) & 1
+        rest = tl.where(mask, 1 - kept, 0)
+        place = tl.where(kept != 0, found + tl.cumsum(kept, 0), k - left + passed + tl.cumsum(rest, 0)) - 1
+        chosen = mask & (place < k)
+        tokens = tl.load(order_ptr + start + offs, mask=mask, other=0)
+        tl.store(chosen_ptr + tokens, chosen.to(tl.int8), mask=mask & (sort != 0))
+        tl.store(out_ptr + place, (tokens - shift).to(tl.int64), mask=chosen & (sort == 0))
+        found += tl.sum(kept, 0)
+        passed += tl.sum(rest, 0)
+    if sort != 0:
+        tl.debug_barrier()  # the marks of all threads are read back in order of index
+        placed = 0
+        for chunk in range(start, end, CHUNK):
+            offs = chunk + tl.arange(0, CHUNK)
+            chosen = tl.load(chosen_ptr + offs, mask=offs < end, other=0).to(tl.int32)
+            place = placed + tl.cumsum(chosen, 0) - 1
+            tl.store(out_ptr + place, (offs - shift).to(tl.int64), mask=(chosen != 0) & (place < k))
+            placed += tl.sum(chosen, 0)
+
+
+def priority(importance: Tensor, starts: Tensor) -> Tensor:
+    """int32 ``[tokens]``: segment by segment, the flat tokens from most to least important, ties by index."""
+    scores = importance.flatten().float()
+    bits = (torch.where(scores.isnan(), -math.inf, scores) + 0.0).view(torch.int32)
+    rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    keys = segment_numbers(starts, len(scores)) * 2**32 - rising
+    return keys.sort(stable=True).indices.int()
+
+
+def budget_table(ks: Sequence[int], pivots: Sequence[int], segments: int, device: torch.device) -> Tensor:
+    """int32 ``[3, segments]``: k, pivots, and where the segment's indices begin in the output; no synchronisation."""
+    if len(ks) == 1:
+        first = torch.arange(segments, dtype=torch.int32, device=device)
+        return torch.stack([torch.full_like(first, ks[0]), torch.full_like(first, pivots[0]), first * ks[0]])
+    starts = [0, *itertools.accumulate(ks)]
+    return host_ints([*ks, *pivots, *starts[:segments]], device).view(3, segments)
+
+
+def mis_select(
+    features: Tensor,
+    importance: Tensor,
+    k: Sequence[int],
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    alpha: float,
+    threshold: float,
+    similarity: str,
+    proximity: str,
+    radius: int,
+    sigma: float,
+    temporal_radius: int,
+    pivots: Sequence[int],
+    pivots_suppress: bool,
+    sort: bool,
+    panel_words: int | None = None,
+) -> Tensor:
+    """``flashprune.mis_select`` on checked arguments; the width of a panel changes no pick."""
+    graph = Graph.build(
+        features, positions, cu_seqlens, alpha, threshold, similarity, proximity, radius, sigma, temporal_radius
+    )
+    tokens, segments, device = graph.tokens, len(graph.starts) - 1, features.device
+    shape = (sum(k),) if cu_seqlens is not None else (*features.shape[:-2], k[0])
+    out = torch.zeros(shape, dtype=torch.int64, device=device)
+    if not out.numel() or not tokens:
+        return out
+    order = priority(importance, graph.starts)
+    budgets = budget_table(k, pivots, segments, device)
+    left = torch.minimum(budgets[K], graph.starts.diff())
+    longest = tokens if cu_seqlens is not None else features.shape[-2]
+    words = panel_words or PANEL_WORDS[longest > 32 * PANEL_WORDS[0]]
+    bits = torch.empty(tokens, words, dtype=torch.int32, device=device)
+    struck, taken = torch.zeros(2, tokens // 32 + segments + 1, dtype=torch.int32, device=device)
+    picks = torch.empty(tokens, dtype=torch.int32, device=device)
+    diagonals, tile = graph.diagonals(), graph.tile["BLOCK_N"]
+    for panel in range(0, longest, 32 * words):
+        if panel:
+            rows = triton.cdiv(min(32 * words, longest - panel), tile)
+            columns = triton.cdiv(min(max(k), panel), tile)
+            graph.launch(
+                strike_kernel, (rows, columns, segments), order, graph.starts, left, budgets, picks, struck,
+                diagonals=diagonals, panel=(panel, words, int(pivots_suppress)),
+            )  # fmt: skip
+        adjacency(graph, order, left, bits, diagonals, panel)
+        sweep_kernel[(segments,)](
+            bits, struck, order, graph.starts, budgets, left, picks, taken, panel, int(pivots_suppress), tokens,
+            words, num_warps=4, num_stages=2,
+        )  # fmt: skip
+    chosen = torch.zeros(tokens, dtype=torch.int8, device=device)
+    finish_kernel[(segments,)](
+        order, graph.starts, budgets, left, taken, chosen, out, int(cu_seqlens is None), int(sort), tokens, CHUNK,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return out
+
+
+def variants() -> list[Variant]:
+    common = dict.fromkeys(("order_ptr", "cu_ptr", "left_ptr", "budgets_ptr", "picks_ptr"), "*i32")
+    scalars = dict.fromkeys(("panel", "words", "suppress"), "i32")
+    found = graph_variants("strike", strike_kernel, common | {"struck_ptr": "*i32"} | scalars)
+    names = ("bits", "struck", "order", "cu", "budgets", "left", "picks", "taken")
+    sweep = {f"{name}_ptr": "*i32" for name in names} | dict.fromkeys(("panel", "suppress", "T"), "i32")
+    for words in PANEL_WORDS:
+        signature = sweep | {"WORDS": "constexpr"}
+        found.append(Variant(f"sweep-{words}", sweep_kernel, signature, {"WORDS": words}, num_warps=4, num_stages=2))
+    finish = {f"{name}_ptr": "*i32" for name in ("order", "cu", "budgets", "left", "taken")}
+    finish |= {"chosen_ptr": "*i8", "out_ptr": "*i64", "local": "i32", "sort": "i32", "T": "i32", "CHUNK": "constexpr"}
+    found.append(Variant("finish", finish_kernel, finish, {"CHUNK": CHUNK}, num_warps=4, num_stages=2))
+    return found
