@@ -7,6 +7,7 @@ from .budgets import budget, indices_to_mask
 from .dispatch import backends
 from .importance import debias, minmax, query_attention, received_attention, resize_prior, soft_topk
 from .methods import cdpruner, d2pruner, divprune, fastv, idpruner, naive_hybrid
+from .positions import pack_positions, unpack_positions
 from .scorer import VisionSelector
 from .selectors import dpp_select, maxmin_select, mis_select, mmr_select, topk_select
 
@@ -34,6 +35,7 @@ __all__ = [
     "mis_select",
     "mmr_select",
     "naive_hybrid",
+    "pack_positions",
     "query_attention",
     "received_attention",
     "reference",
@@ -41,4 +43,5 @@ __all__ = [
     "soft_topk",
     "testing",
     "topk_select",
+    "unpack_positions",
 ]
