@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 import flashprune as fp
+from flashprune import triton_ops
 
 from . import console
 from .cases import ATTENTION, OPERATORS, SELECTORS, Case, cases, log_sums
@@ -95,13 +96,17 @@ def _backends(device: torch.device, backend: str | None, op: str) -> list[str]:
     if backend not in on_device:
         raise InputError(f"--backend {backend} does not serve --device {device.type}")
     if _status(status, backend, op) != "ready":
-        raise InputError(f"--backend {backend}: {status.get(backend, 'unknown')}")
+        raise InputError(f"--backend {backend}: {_status(status, backend, op)}")
     return [backend]
 
 
 def _status(status: dict[str, str], backend: str, op: str) -> str:
     # the attention operators are plain PyTorch on a CPU and need no native library
-    return "ready" if backend == "cpu" and op in ATTENTION else status.get(backend, "unknown")
+    if backend == "cpu" and op in ATTENTION:
+        return "ready"
+    if backend == "triton" and status[backend] == "ready":
+        return triton_ops.missing_kernel(op if op in ATTENTION else f"{op}_select") or "ready"
+    return status.get(backend, "unknown")
 
 
 def _run(tally: Tally, case: Case, device: torch.device, options: str) -> None:

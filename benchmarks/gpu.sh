@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command: tests, compute-sanitizer, then latencies with what the card itself can do.
+set -uo pipefail
+
+usage() {
+  cat <<'END'
+Usage: benchmarks/gpu.sh [FOLDER]
+
+On a machine with an NVIDIA GPU, a CUDA build of torch >= 2.11 and triton >= 3.6, from a checkout of flashprune. Runs the GPU tests,
+compute-sanitizer on small shapes where it is installed, and the benchmarks, and writes Markdown tables and logs into
+FOLDER (default: $OUT, else bench/gpu). A step that fails is recorded in FOLDER/summary.md and the rest goes on.
+
+  PYTHON=python3   the Python to use, with torch, triton, pytest and hypothesis installed
+
+Exit code: 0 all steps passed, 1 a step failed, 2 nothing could be run.
+END
+}
+
+case "${1:-}" in
+  -h | --help) usage; exit 0 ;;
+  -*) usage >&2; exit 2 ;;
+esac
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
+out=${1:-${OUT:-bench/gpu}}
+
+if ! "$python" -c 'import torch' 2>/dev/null; then
+  echo "benchmarks/gpu.sh: $python has no torch: install a CUDA build of it, or name another: PYTHON=…" >&2
+  exit 2
+fi
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "benchmarks/gpu.sh: no GPU: torch.cuda.is_available() is False" >&2
+  exit 2
+fi
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+
+failed=0
+summary=$out/summary.md
+{
+  echo "| step | result | seconds |"
+  echo "|---|---|---|"
+} >"$summary"
+
+# run NAME COMMAND...: its output into FOLDER/NAME.log, its result into the summary
+run() {
+  local name=$1 started=$SECONDS code result
+  shift
+  echo "== $name: $*"
+  "$@" >"$out/$name.log" 2>&1
+  code=$?
+  result=passed
+  if [ $code -ne 0 ]; then
+    result="failed (exit $code), see $name.log"
+    failed=1
+  fi
+  tail -n 3 "$out/$name.log"
+  echo "| $name | $result | $((SECONDS - started)) |" >>"$summary"
+  return $code
+}
+
+skip() {
+  echo "== $1: skipped, $2"
+  echo "| $1 | skipped: $2 | 0 |" >>"$summary"
+}
+
+# With the build tools here the checkout is installed; without them it runs from a folder of links: pure Python and Triton.
+if "$python" -c 'import cmake, ninja, pybind11, setuptools' 2>/dev/null; then
+  run build "$python" -m pip install --no-build-isolation --no-deps --editable .
+else
+  skip build "no cmake, ninja, pybind11 and setuptools: without native code"
+fi
+if ! "$python" -c 'import flashprune.triton_kernels' 2>/dev/null; then
+  site=$(mktemp -d)
+  trap 'rm -rf "$site"' EXIT
+  mkdir "$site/flashprune"
+  ln -s "$PWD"/python/flashprune/* "$site/flashprune/"
+  ln -s "$PWD/triton_kernels" "$site/flashprune/triton_kernels"
+  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+fi
+run backends "$python" -c 'import sys, flashprune as fp; b = fp.backends(); print(*b.items(), sep="\n"); sys.exit(b["triton"] != "ready")'
+
+run gpu_tests "$python" -m pytest -q -m gpu tests
+run triton_tests "$python" -m pytest -q -s tests/test_triton_*.py
+
+if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); then
+  for tool in memcheck racecheck; do
+    # torch's caching allocator would hide reads past the end of a tensor
+    run "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+      "$python" -m benchmarks.gpu --small
+  done
+else
+  skip sanitizer "no compute-sanitizer"
+fi
+
+if run latencies "$python" -m benchmarks.gpu; then
+  cp "$out/latencies.log" "$out/latencies.md"
+fi
+
+cat "$summary"
+exit $failed
