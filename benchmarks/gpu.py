@@ -1,16 +1,14 @@
 """Latency of every Triton stage on this GPU, beside the copy bandwidth and the matrix rate measured in the same run.
 
-`python -m benchmarks.gpu` prints Markdown tables; `--small` runs each stage once on small shapes, for compute-sanitizer.
+`python -m benchmarks.gpu` prints Markdown tables; `--small` runs each stage once on small shapes, for the sanitizer.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 from collections.abc import Callable, Iterator
 from datetime import date
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,6 +16,7 @@ import triton
 from torch import Tensor
 
 import flashprune as fp
+from benchmarks import machine
 from flashprune import triton_ops
 
 RUNS, WARM_UP = 25, 3
@@ -27,7 +26,7 @@ COLD = 256 << 20  # bytes written between runs, more than any L2 cache
 
 
 class Stage(NamedTuple):
-    """A call, with the bytes that it must at least read and write and the flops of its products (0: none to speak of)."""
+    """A call, with the bytes that it must at least move and the flops of its products (0: none to speak of)."""
 
     op: str
     shape: str
@@ -94,18 +93,10 @@ def matrix_rate(dtype: torch.dtype) -> float:
     return 2 * 8192**3 / statistics.median(latencies(lambda: a @ b)) / 1e9
 
 
-def commit() -> str:
-    root = Path(__file__).resolve().parent.parent
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
-    return answer.stdout.strip() or "unknown"
-
-
 def print_tables() -> None:
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}, ",
-        end="",
-    )
-    print(f"commit {commit()}; median of {RUNS} runs with a cold L2 cache, middle half in brackets.\n")
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    print(f"{torch.cuda.get_device_name()}, {versions}, {date.today()}, commit {machine.commit()}.")
+    print(f"Median of {RUNS} runs with a cold L2 cache, middle half in brackets.\n")
     print(f"Copy bandwidth {copy_bandwidth():.0f} GB/s.")
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")

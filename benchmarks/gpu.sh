@@ -6,9 +6,10 @@ usage() {
   cat <<'END'
 Usage: benchmarks/gpu.sh [FOLDER]
 
-On a machine with an NVIDIA GPU, a CUDA build of torch >= 2.11 and triton >= 3.6, from a checkout of flashprune. Runs the GPU tests,
-compute-sanitizer on small shapes where it is installed, and the benchmarks, and writes Markdown tables and logs into
-FOLDER (default: $OUT, else bench/gpu). A step that fails is recorded in FOLDER/summary.md and the rest goes on.
+On a machine with an NVIDIA GPU, a CUDA build of torch >= 2.11 and triton >= 3.6, from a checkout of flashprune. Runs
+the GPU tests, compute-sanitizer on small shapes where it is installed, and the benchmarks, and writes Markdown tables
+and logs into FOLDER (default: $OUT, else bench/gpu of the checkout). A step that fails is recorded in
+FOLDER/summary.md and the rest goes on.
 
   PYTHON=python3   the Python to use, with torch, triton, pytest and hypothesis installed
 
@@ -20,9 +21,11 @@ case "${1:-}" in
   -h | --help) usage; exit 0 ;;
   -*) usage >&2; exit 2 ;;
 esac
-cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
-out=${1:-${OUT:-bench/gpu}}
+out=${1:-${OUT:-$(dirname "$0")/../bench/gpu}}
+[[ $out = /* ]] || out=$PWD/$out
+[[ $python = */* && $python != /* ]] && python=$PWD/$python
+cd "$(dirname "$0")/.." || exit 2
 
 if ! "$python" -c 'import torch' 2>/dev/null; then
   echo "benchmarks/gpu.sh: $python has no torch: install a CUDA build of it, or name another: PYTHON=…" >&2
