@@ -24,19 +24,19 @@ def expected_norms(features: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_inverse_norms(dtype: torch.dtype, device: str) -> None:
+def test_inverse_norms(dtype: torch.dtype, device: torch.device) -> None:
     for shape in ((9, 5), (2, 3, 17), (3, 1030)):
         features = gaussian(*shape)[0].to(device, dtype)
         torch.testing.assert_close(similarity.inverse_norms(features), expected_norms(features), rtol=1e-6, atol=0)
 
 
-def test_inverse_norms_of_views(device: str) -> None:
+def test_inverse_norms_of_views(device: torch.device) -> None:
     wide = gaussian(2, 12, 20)[0].to(device)
     for view in (wide[..., 1:], wide[:, :, :7], wide[:, 1::2], wide.transpose(0, 1), wide.transpose(1, 2), wide[0]):
         torch.testing.assert_close(similarity.inverse_norms(view), expected_norms(view), rtol=1e-6, atol=0)
 
 
-def test_inverse_norms_without_a_norm(device: str) -> None:
+def test_inverse_norms_without_a_norm(device: torch.device) -> None:
     features = signs(7, 16).to(device)
     features[1] = 0.0
     features[2, 3] = math.nan
@@ -51,7 +51,7 @@ def expected_nearest(features: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nearest_other(dtype: torch.dtype, device: str) -> None:
+def test_nearest_other(dtype: torch.dtype, device: torch.device) -> None:
     features = gaussian(2, 70, 40)[0].to(device, dtype)
     inverse = similarity.inverse_norms(features)
     expected = torch.cat([expected_nearest(x) for x in features])
@@ -66,7 +66,7 @@ def test_nearest_other(dtype: torch.dtype, device: str) -> None:
     assert torch.equal(packed[1:45], again)
 
 
-def test_nearest_other_of_exact_and_odd_rows(device: str) -> None:
+def test_nearest_other_of_exact_and_odd_rows(device: torch.device) -> None:
     features = signs(66, 16).to(device)
     features[3] = 0.0
     features[5, 1] = math.nan
@@ -74,3 +74,18 @@ def test_nearest_other_of_exact_and_odd_rows(device: str) -> None:
     nearest = similarity.nearest_other(features, similarity.inverse_norms(features))
     assert torch.equal(nearest, expected_nearest(features))
     assert similarity.nearest_other(features[:0], features.new_empty(0)).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cosine_matrix(dtype: torch.dtype, device: torch.device) -> None:
+    features = gaussian(2, 70, 20)[0].to(device, dtype)
+    features[0, 3] = 0.0
+    features[1, 5, 1] = math.nan
+    matrix = similarity.cosine_matrix(features, similarity.inverse_norms(features))
+    unit = torch.stack([unit_rows(x.float()) for x in features])
+    torch.testing.assert_close(matrix, unit @ unit.mT, rtol=0, atol=1e-6)
+    assert torch.equal(matrix, matrix.mT)
+    view = features[0, 1::2, 3:]
+    matrix = similarity.cosine_matrix(view, similarity.inverse_norms(view), torch.bfloat16)
+    unit = unit_rows(view.float())
+    torch.testing.assert_close(matrix.float(), unit @ unit.T, rtol=2**-7, atol=1e-6)  # the interpreter truncates

@@ -19,16 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .adjacency import Graph, adjacency, edge_tile, graph_variants, pack_bits
 from .host_ints import host_ints
-from .similarity import (
-    Graph,
-    adjacency,
-    edge_tile,
-    graph_variants,
-    pack_bits,
-    segment_bounds,
-    segment_numbers,
-)
+from .similarity import segment_bounds, segment_numbers
 from .variants import Variant
 
 PANEL_WORDS = (64, 128)  # bits of a panel's row, in words of 32: small inputs, large ones
@@ -100,7 +93,7 @@ def strike_kernel(
             D, scale, offset, alpha, beta, threshold, kind, radius, temporal_radius, falloff, diagonal,
             SPATIAL, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
-        struck = tl.max(edges.to(tl.int32), 1)  # [BM]
+        struck = tl.max(edges, 1)  # [BM]
         offs_w = first_word(start, segment) + first // 32 + tl.arange(0, BLOCK_N // 32)
         inside = first + 32 * tl.arange(0, BLOCK_N // 32) < end - start
         tl.atomic_or(struck_ptr + offs_w, pack_bits(tl.reshape(struck, [BLOCK_N // 32, 32])), mask=inside)
