@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 CHIPS = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 MATRIX_INSTRUCTIONS = {80: ("mma.sync",), 90: ("wgmma", "mma.sync"), 100: ("tcgen05", "wgmma", "mma.sync")}  # PTX
-PROCESSES = 2
+PROCESSES = max(2, min(8, os.cpu_count() or 2))
 
 
 @pytest.fixture(scope="module")
