@@ -139,10 +139,10 @@ def test_scores_that_are_no_numbers(device: torch.device) -> None:
 def test_bounds_beyond_the_tokens_stay_inside(device: torch.device) -> None:
     """Values of cu_seqlens cannot be checked on a device without waiting for it."""
     features, importance = gaussian(40, 16)
-    for bounds in ([0, 90], [-5, 30], [30, 10]):
+    for bounds, k in (([0, 90], 20), ([0, 90], 60), ([-5, 30], 34), ([30, 10], 20)):
         starts = torch.tensor(bounds, dtype=torch.int32, device=device)
         picks = mis.mis_select(
-            features.to(device), importance.to(device), [20], None, starts, 1.0, 0.5, "cosine", "chebyshev", 1, 1.0,
+            features.to(device), importance.to(device), [k], None, starts, 1.0, 0.5, "cosine", "chebyshev", 1, 1.0,
             0, [0], False, True,
         )  # fmt: skip
         assert picks.min() >= 0 and picks.max() < 40

@@ -253,7 +253,8 @@ def mis_select(
         return out
     order = priority(importance, graph.starts)
     budgets = budget_table(k, pivots, segments, device)
-    left = torch.minimum(budgets[K], graph.starts.diff())
+    # values of cu_seqlens are unchecked here: lengths as `segment_bounds` sees them
+    left = torch.minimum(budgets[K], graph.starts.clamp(0, tokens).diff().clamp(min=0))
     longest = tokens if cu_seqlens is not None else features.shape[-2]
     words = panel_words or PANEL_WORDS[longest > 32 * PANEL_WORDS[0]]
     bits = torch.empty(tokens, words, dtype=torch.int32, device=device)
