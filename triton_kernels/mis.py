@@ -242,7 +242,10 @@ def mis_select(
     sort: bool,
     panel_words: int | None = None,
 ) -> Tensor:
-    """``flashprune.mis_select`` on checked arguments; the width of a panel changes no pick."""
+    """``flashprune.mis_select`` on checked arguments.
+
+    ``panel_words``, a power of two from 2, is the width of a panel in words of 32 candidates; it changes no pick.
+    """
     graph = Graph.build(
         features, positions, cu_seqlens, alpha, threshold, similarity, proximity, radius, sigma, temporal_radius
     )
