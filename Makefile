@@ -4,6 +4,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+# Where torch brings none, as its CPU builds do. No constraint: a CUDA build of torch demands its own version of Triton.
+TRITON := triton==3.6.0
 SOURCES := $(shell find csrc -type f)
 
 .PHONY: help demo test bench lint build clean
@@ -71,6 +73,7 @@ $(BIN)/python:
 $(VENV)/requirements: $(BIN)/python constraints.txt
 	@echo "Installing PyTorch and the build tools into $(VENV): once, several minutes on a slow line"
 	$(PIP) setuptools wheel cmake ninja pybind11 torch
+	@[ "$$(uname -sm)" != "Linux x86_64" ] || $(BIN)/python -c 'import sys, importlib.util as u; sys.exit(not u.find_spec("triton"))' || $(PIP) $(TRITON)
 	@touch $@
 
 # Without build isolation: the build uses the torch that is already here.

@@ -20,7 +20,7 @@ from .host_ints import budget_starts
 from .order import key_index, make_key, ordered_bits
 from .variants import Variant
 
-BLOCK, WARPS = 2048, 8  # tokens a step
+BLOCK, WARPS = 1024, 4  # tokens a step
 RANK_ROWS, RANK_COLS = 128, 64  # picks a program places, and picks it compares them with at a time
 _TYPES = ("fp32", "fp16", "bf16")
 
