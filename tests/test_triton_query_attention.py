@@ -102,7 +102,7 @@ def test_ranges_of_keys(device, keys):
 
 
 def test_a_range_a_program_grows_with_the_keys(device, monkeypatch):
-    monkeypatch.setattr(kernels, "max_splits", lambda rows: 2)
+    monkeypatch.setattr(kernels, "max_splits", lambda rows, unit: 2)
     check(*random_qk(device, 1, 321, heads=2, kv_heads=1))
 
 

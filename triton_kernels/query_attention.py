@@ -45,29 +45,32 @@ def interpreted(tensor: Tensor) -> bool:
 
 
 def aligned(*tensors: Tensor) -> int:
-    """The unit in which the strides of these tensors are passed, last dimension apart."""
-    return STRIDE_UNIT if all(s % STRIDE_UNIT == 0 for x in tensors for s in x.stride()[:-1]) else 1
+    """The unit in which these tensors' strides are passed, last dimension apart; above 1 only on 16-byte addresses."""
+    steps = [stride for x in tensors for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    starts = [x.data_ptr() % 16 for x in tensors]
+    return STRIDE_UNIT if not any(starts) and all(step % STRIDE_UNIT == 0 for step in steps) else 1
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def tiles(dtype: torch.dtype, head_dim: int, rows: int) -> dict[str, int]:
+def tiles(dtype: torch.dtype, head_dim: int, rows: int, unit: int) -> dict[str, int]:
     """Block sizes, warps and stages for `rows` query rows a key head: a decode step, or more."""
     wide = head_dim > 128
-    block_m = 16 if rows <= FEW_ROWS else 64
+    # Elements loaded one by one need an address each, and registers for them.
+    block_m = 16 if rows <= FEW_ROWS or unit == 1 else 64
     if dtype == torch.float32:  # three products keep twice the registers
         if wide:
-            return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+            return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2 if unit > 1 else 1}
         return {"BLOCK_M": min(block_m, 32), "BLOCK_N": 64, "num_warps": 4 if block_m == 16 else 8, "num_stages": 2}
     warps = 8 if wide and block_m == 64 else 4
     return {"BLOCK_M": block_m, "BLOCK_N": 64, "num_warps": warps, "num_stages": 2 if wide else 3}
 
 
-def max_splits(rows: int) -> int:
+def max_splits(rows: int, unit: int) -> int:
     """Ranges of keys whose partial sums one program merges in a single tile: many rows are programs enough."""
-    return 64 if rows <= FEW_ROWS else 32
+    return 64 if rows <= FEW_ROWS and unit > 1 else 32
 
 
 @triton.jit
@@ -129,6 +132,9 @@ def stats_kernel(
     mask_r = offs_r < rows
     q_ptr += batch * (stride_qb * UNIT)
     k_ptr += batch * (stride_kb * UNIT) + head.to(tl.int64) * (stride_kh * UNIT)
+    if UNIT > 1:
+        q_ptr = tl.multiple_of(q_ptr, 16)
+        k_ptr = tl.multiple_of(k_ptr, 16)
     offs_q = query_offsets(offs_r, head, group, stride_qr, stride_qh, UNIT)
     q1 = load_rows(q_ptr, offs_q, mask_r, 0, D1, HEAD_DIM, UPCAST)
     q2 = q1
@@ -179,6 +185,9 @@ def weights_kernel(
     inside = (at >= 0) & (at < keys)
     q_ptr += batch * (stride_qb * UNIT)
     k_ptr += batch * (stride_kb * UNIT) + head.to(tl.int64) * (stride_kh * UNIT)
+    if UNIT > 1:
+        q_ptr = tl.multiple_of(q_ptr, 16)
+        k_ptr = tl.multiple_of(k_ptr, 16)
     offs_k = at * (stride_kl * UNIT)
     total = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, rows, BLOCK_M):
@@ -257,16 +266,16 @@ def query_attention(
     query, key = dense_rows(query), dense_rows(key)
     unit = aligned(query, key)
     d1, d2 = head_parts(head_dim)
-    tile = tiles(query.dtype, head_dim, rows)
+    tile = tiles(query.dtype, head_dim, rows, unit)
     common = {"HEAD_DIM": head_dim, "D1": d1, "D2": d2, "UNIT": unit, "UPCAST": interpreted(query), **tile}
-    strides = [s // unit for x in (query, key) for s in batched_strides(x, 4)[:3]]
+    strides = unit_strides(unit, query, key)
     scale_log2 = scale * LOG2E
 
     splits = 1
     partial = torch.empty(items * count, dtype=torch.float32, device=query.device)
     maxima = sums = partial
     if lse is None:
-        splits = min(max_splits(rows), triton.cdiv(keys, MIN_SPLIT))
+        splits = min(max_splits(rows, unit), triton.cdiv(keys, MIN_SPLIT))
         split_keys = triton.cdiv(triton.cdiv(keys, splits), tile["BLOCK_N"]) * tile["BLOCK_N"]
         splits = triton.cdiv(keys, split_keys)
         maxima, sums = torch.empty((2, items * splits * rows), dtype=torch.float32, device=query.device)
@@ -281,7 +290,7 @@ def query_attention(
         query, key, maxima, sums, partial if lse is None else lse, partial if visual is None else visual, partial,
         rows, keys, kv_heads, group, splits, scale_log2, LOG2E, start, step, count,
         1 if visual is None else visual.stride(0), *strides, *lse_strides,
-        HAS_LSE=lse is not None, HAS_INDEX=visual is not None, MAX_SPLITS=max_splits(rows), **common,
+        HAS_LSE=lse is not None, HAS_INDEX=visual is not None, MAX_SPLITS=max_splits(rows, unit), **common,
     )  # fmt: skip
     prior = prior if prior is None else prior.to(torch.float32)
     prior_strides = (0, 1) if prior is None else (prior.stride(0) if prior.dim() == 2 else 0, prior.stride(-1))
@@ -297,6 +306,11 @@ def batched_strides(tensor: Tensor, dims: int) -> list[int]:
     return [0] * (dims - tensor.dim()) + list(tensor.stride())
 
 
+def unit_strides(unit: int, *tensors: Tensor) -> list[int]:
+    """Strides but the last of tensors `[B, tokens, H, d]` in units; that of a single token or head is not used."""
+    return [stride // unit for x in tensors for stride in batched_strides(x, 4)[:3]]
+
+
 def signature(kernel: triton.JITFunction, pointers: dict[str, str], constexprs: dict[str, object]) -> dict[str, str]:
     """Triton types of a kernel's arguments: named pointers, fp32 for the scalar factors, i32 for counts and strides."""
     floats = ("scale_log2", "lse_scale", "divisor", "eps")
@@ -305,27 +319,38 @@ def signature(kernel: triton.JITFunction, pointers: dict[str, str], constexprs: 
 
 
 HEAD_DIMS = {torch.bfloat16: (64, 72, 80, 96, 128, 256), torch.float16: (64, 128), torch.float32: (64, 80, 128, 256)}
+ODD_HEAD_DIMS = (80, 256)  # compiled for strides of any number of elements too
+
+
+def forms() -> list[tuple[torch.dtype, int, int]]:
+    """Data type, head dimension and stride unit of the forms listed: another head dimension only changes masks."""
+    return [
+        (dtype, head_dim, unit)
+        for dtype, dims in HEAD_DIMS.items()
+        for head_dim in dims
+        for unit in (STRIDE_UNIT, 1)
+        if unit > 1 or head_dim in ODD_HEAD_DIMS
+    ]
 
 
 def variants() -> list[Variant]:
-    """Every block size with the head dimensions of common models; another one only changes the masks."""
+    """Every block size with the head dimensions of common models."""
     found = []
-    for dtype, dims in HEAD_DIMS.items():
-        for head_dim in dims:
-            for rows in (FEW_ROWS, 64):
-                d1, d2 = head_parts(head_dim)
-                tile = tiles(dtype, head_dim, rows)
-                warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
-                shape = {"HEAD_DIM": head_dim, "D1": d1, "D2": d2, "UNIT": STRIDE_UNIT, "UPCAST": False, **tile}
-                pointers = {"q_ptr": POINTERS[dtype], "k_ptr": POINTERS[dtype], "visual_ptr": "*i64"}
-                name = f"{POINTERS[dtype][1:]}-d{head_dim}-rows{rows}"
-                types = signature(stats_kernel, pointers, shape)
-                found.append(Variant(f"query-stats-{name}", stats_kernel, types, shape, warps, stages, True))
-                for source in ("stats", "lse"):
-                    # The index costs a load more than a span, so it stands for both.
-                    more = {"HAS_LSE": source == "lse", "HAS_INDEX": True, "MAX_SPLITS": max_splits(rows), **shape}
-                    types, full = signature(weights_kernel, pointers, more), f"query-weights-{source}-{name}"
-                    found.append(Variant(full, weights_kernel, types, more, warps, stages, True))
+    for dtype, head_dim, unit in forms():
+        for rows in (FEW_ROWS, 64):
+            d1, d2 = head_parts(head_dim)
+            tile = tiles(dtype, head_dim, rows, unit)
+            warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+            shape = {"HEAD_DIM": head_dim, "D1": d1, "D2": d2, "UNIT": unit, "UPCAST": False, **tile}
+            pointers = {"q_ptr": POINTERS[dtype], "k_ptr": POINTERS[dtype], "visual_ptr": "*i64"}
+            name = f"{POINTERS[dtype][1:]}-d{head_dim}-unit{unit}-rows{rows}"
+            types = signature(stats_kernel, pointers, shape)
+            found.append(Variant(f"query-stats-{name}", stats_kernel, types, shape, warps, stages, True))
+            for source in ("stats", "lse"):
+                # The index costs a load more than a span, so it stands for both.
+                more = {"HAS_LSE": source == "lse", "HAS_INDEX": True, "MAX_SPLITS": max_splits(rows, unit), **shape}
+                types, full = signature(weights_kernel, pointers, more), f"query-weights-{source}-{name}"
+                found.append(Variant(full, weights_kernel, types, more, warps, stages, True))
     mean = {"HAS_PRIOR": True, "BLOCK": MEAN_BLOCK}
     found.append(Variant("query-mean", mean_kernel, signature(mean_kernel, {}, mean), mean, 4, 3))
     return found

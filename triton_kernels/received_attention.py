@@ -21,19 +21,19 @@ from torch import Tensor
 
 from . import query_attention
 from .query_attention import (
-    HEAD_DIMS,
     LOG2E,
     POINTERS,
-    STRIDE_UNIT,
     aligned,
     batched_strides,
     dense_rows,
     finite_max,
+    forms,
     head_parts,
     interpreted,
     load_rows,
     scores_tile,
     signature,
+    unit_strides,
 )
 from .variants import Variant
 
@@ -41,11 +41,14 @@ POOL_BLOCK = 128  # scores
 SEARCH = 256  # segments looked at in one step of the search
 
 
-def tiles(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
+def tiles(dtype: torch.dtype, head_dim: int, unit: int) -> dict[str, int]:
     """Block sizes, warps and stages; BLOCK_M rows stay, blocks of BLOCK_N stream past them."""
+    if unit == 1:
+        wide = head_dim > 128
+        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8 if wide else 4, "num_stages": 1 if wide else 2}
     if dtype == torch.float32:
         if head_dim >= 128:
-            return query_attention.tiles(dtype, head_dim, rows=64)
+            return query_attention.tiles(dtype, head_dim, rows=64, unit=unit)
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3 if head_dim <= 128 else 2}
 
@@ -94,6 +97,9 @@ def rows_kernel(
         mask_m = offs_m < stop
         q_ptr += batch * (stride_qb * UNIT) + head.to(tl.int64) * (stride_qh * UNIT)
         k_ptr += batch * (stride_kb * UNIT) + (head // group).to(tl.int64) * (stride_kh * UNIT)
+        if UNIT > 1:
+            q_ptr = tl.multiple_of(q_ptr, 16)
+            k_ptr = tl.multiple_of(k_ptr, 16)
         offs_q = offs_m.to(tl.int64) * (stride_qn * UNIT)
         q1 = load_rows(q_ptr, offs_q, mask_m, 0, D1, HEAD_DIM, UPCAST)
         q2 = q1
@@ -137,6 +143,9 @@ def columns_kernel(
         mask_m = offs_m < stop
         q_ptr += batch * (stride_qb * UNIT)
         k_ptr += batch * (stride_kb * UNIT) + head.to(tl.int64) * (stride_kh * UNIT)
+        if UNIT > 1:
+            q_ptr = tl.multiple_of(q_ptr, 16)
+            k_ptr = tl.multiple_of(k_ptr, 16)
         offs_k = offs_m.to(tl.int64) * (stride_kn * UNIT)
         # Keys stay and rows stream, so that a key's sum runs along the tile's second dimension, inside few threads.
         k1 = load_rows(k_ptr, offs_k, mask_m, 0, D1, HEAD_DIM, UPCAST)
@@ -207,7 +216,7 @@ def received_attention(
     query, key = dense_rows(query), dense_rows(key)
     unit = aligned(query, key)
     d1, d2 = head_parts(head_dim)
-    tile = tiles(query.dtype, head_dim)
+    tile = tiles(query.dtype, head_dim, unit)
     packed = cu_seqlens is not None
     segments = cu_seqlens.shape[0] - 1 if packed else 1
     blocks = tokens // tile["BLOCK_M"] + segments if packed else triton.cdiv(tokens, tile["BLOCK_M"])
@@ -215,7 +224,7 @@ def received_attention(
         "PACKED": packed, "SEARCH": SEARCH, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "UNIT": unit,
         "UPCAST": interpreted(query), **tile,
     }  # fmt: skip
-    strides = [s // unit for x in (query, key) for s in batched_strides(x, 4)[:3]]
+    strides = unit_strides(unit, query, key)
     scale_log2 = scale * LOG2E
     partial = torch.empty(items * kv_heads * tokens, dtype=torch.float32, device=query.device)
     spans = cu_seqlens.contiguous() if packed else partial
@@ -243,22 +252,21 @@ def received_attention(
 
 
 def variants() -> list[Variant]:
-    """Every block size with the head dimensions of common encoders; another one only changes the masks."""
+    """Every block size with the head dimensions of common encoders."""
     found = []
-    for dtype, dims in HEAD_DIMS.items():
-        for head_dim in dims:
-            d1, d2 = head_parts(head_dim)
-            tile = tiles(dtype, head_dim)
-            warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
-            # The search for the segment is what a packed call has more, so it stands for both.
-            shape = {
-                "PACKED": True, "SEARCH": SEARCH, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "UNIT": STRIDE_UNIT,
-                "UPCAST": False, **tile,
-            }  # fmt: skip
-            pointers = {"q_ptr": POINTERS[dtype], "k_ptr": POINTERS[dtype], "cu_ptr": "*i32"}
-            for stage, kernel in (("rows", rows_kernel), ("columns", columns_kernel)):
-                name = f"received-{stage}-{POINTERS[dtype][1:]}-d{head_dim}"
-                found.append(Variant(name, kernel, signature(kernel, pointers, shape), shape, warps, stages, True))
+    for dtype, head_dim, unit in forms():
+        d1, d2 = head_parts(head_dim)
+        tile = tiles(dtype, head_dim, unit)
+        warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+        # The search for the segment is what a packed call has more, so it stands for both.
+        shape = {
+            "PACKED": True, "SEARCH": SEARCH, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "UNIT": unit,
+            "UPCAST": False, **tile,
+        }  # fmt: skip
+        pointers = {"q_ptr": POINTERS[dtype], "k_ptr": POINTERS[dtype], "cu_ptr": "*i32"}
+        for stage, kernel in (("rows", rows_kernel), ("columns", columns_kernel)):
+            name = f"received-{stage}-{POINTERS[dtype][1:]}-d{head_dim}-unit{unit}"
+            found.append(Variant(name, kernel, signature(kernel, pointers, shape), shape, warps, stages, True))
     mean = {"HAS_PRIOR": True, "BLOCK": POOL_BLOCK}
     found.append(Variant("received-pool", pool_kernel, signature(pool_kernel, {}, mean), mean, 4, 3))
     return found
