@@ -49,7 +49,7 @@ def test_every_variant_compiles_and_fits(compiled: list[dict[str, Any]]) -> None
 def unfit(facts: dict[str, Any]) -> list[str]:
     chip, problems = facts["chip"], []
     if facts["spills"]:
-        problems.append(f"spills {facts['spills']} registers' bytes to local memory")
+        problems.append(f"spills {facts['spills']} bytes a thread to local memory")
     if facts["shared"] > SHARED_MEMORY[chip]:
         problems.append(f"needs {facts['shared']} bytes of shared memory, {SHARED_MEMORY[chip]} are there")
     if facts["tensor_cores"] and not facts["matrix"]:
