@@ -15,7 +15,6 @@ float32 (`ieee`), not TF32.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .host_ints import budget_starts
 from .order import NO_KEY, key_index, make_key
 from .similarity import strided_rows
 from .variants import Variant
@@ -400,8 +400,7 @@ def blocked_greedy(
     seen = torch.empty(tokens, dtype=torch.int32, device=device)
     block = torch.empty(items * config.CANDIDATES, dtype=torch.int32, device=device)
     gram = torch.empty(items * config.CANDIDATES**2, dtype=torch.float32, device=device)
-    # fills rather than a copy from the host, so that a captured graph holds the values themselves
-    offsets = torch.cat([cu_seqlens.new_full((1,), end) for end in itertools.accumulate([0, *k])]) if ragged else picks
+    offsets = budget_starts(k, device) if ragged else picks
     cu = cu_seqlens.contiguous() if packed else picks
     where = (cu, offsets, per_item, tokens, k[0])
     tile = {
