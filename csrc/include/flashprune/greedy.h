@@ -14,8 +14,8 @@
 //
 // The picks are those of the plain loop, for any block size. Work: one dot product for each (token, pick) pair that
 // matters, in products of [block, picks], and half a [contenders, contenders] product a round. Counted on photographs
-// of 2,880 to 16,384 patches, K = N / 10 to N / 4, everything included: 25-37 % of N * K for MMR, 6-24 % for MIS, 35-64
-// % for DPP, 74-77 % for max-min (of which the first pick takes a part). Memory: K + block rows, never N^2.
+// of 2,880 to 16,384 patches, K = N / 10 to N / 4, everything included, as a share of N * K: MMR 25-37 %, MIS 9-25 %,
+// DPP 35-64 %, max-min 74-77 % (its first pick takes a part). Memory: K + block rows, never N^2.
 #pragma once
 
 #include <algorithm>
