@@ -22,8 +22,9 @@ help:
 demo: $(VENV)/installed
 	$(BIN)/flashprune demo --out demo
 
+# A process a core, one thread each: two processes with two threads each wait for one another.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -114,9 +115,10 @@ def test_table_prints_a_row_a_peer(monkeypatch, capsys):
 def test_pytest_benchmark_files_run_and_keep_the_ratio(tmp_path):
     file = tmp_path / "figures.json"
     command = ["benchmarks/bench_topk.py", "-k", "576", "--benchmark-only", f"--benchmark-json={file}"]
-    options = ["--backend=reference", "--seconds=0", "-p", "no:cacheprovider"]
+    options = ["--backend=reference", "--seconds=0", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *command, *options], cwd=ROOT, check=True, capture_output=True
+        [sys.executable, "-m", "pytest", "-q", *command, *options], cwd=ROOT, env=alone, check=True, capture_output=True
     )
     (figures,) = json.loads(file.read_text())["benchmarks"]
     extra = figures["extra_info"]
