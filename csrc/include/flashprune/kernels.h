@@ -14,7 +14,8 @@ enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 inline constexpr int kLanes = 16;
 
 // Rows of scratch are 64-byte aligned, zero-padded to kLanes, and an odd number of cache lines apart: with a stride
-// that is a multiple of 4 KB the rows of one tile would fall into one set of the L1 cache (measured: 3x slower).
+// that is a multiple of 4 KB the rows of one tile would fall into one set of the L1 cache (an early form of the tile
+// ran at 35 instead of 80 GFLOP/s).
 inline constexpr int64_t row_stride(int64_t d) { return ((d + kLanes - 1) / kLanes | 1) * kLanes; }
 
 struct Kernels {
