@@ -88,14 +88,14 @@ class CMakeBuild(build_ext):
         require_compiler()
         in_source = self.inplace or self.editable_mode
         tag = f"{'editable' if in_source else 'wheel'}-{sys.implementation.cache_tag}"
-        self.cmake(ROOT / "build" / tag, self.package_dir(in_source))
+        self.cmake(ROOT / "build" / tag, self.package_dir(in_source), emulation=in_source)
 
     def package_dir(self, in_source: bool) -> Path:
         if in_source:
             return ROOT / self.get_finalized_command("build_py").get_package_dir("flashprune")
         return Path(self.build_lib, "flashprune").resolve()
 
-    def cmake(self, build_dir: Path, package: Path) -> None:
+    def cmake(self, build_dir: Path, package: Path, emulation: bool) -> None:
         try:
             import cmake
             import ninja
@@ -119,6 +119,7 @@ class CMakeBuild(build_ext):
             f"-DFLASHPRUNE_TORCH_VERSION={torch_version}",
             f"-DFLASHPRUNE_VERSION={self.distribution.get_version()}",
             f"-DFLASHPRUNE_CUDA={'ON' if nvcc else 'OFF'}",
+            f"-DFLASHPRUNE_EMULATION={'ON' if emulation else 'OFF'}",
             f"-DCMAKE_CUDA_COMPILER={nvcc}" if nvcc else f"-DFLASHPRUNE_CUDA_MISSING={answer}",
         ]
         # A build directory outlives the environment it was made in (pip's build environments are temporary), and CMake
@@ -144,7 +145,7 @@ def call(*command: str | Path) -> None:
 
 def remove_libraries(package: Path) -> None:
     """Libraries of an earlier build, perhaps with other options, must not be taken for this one's."""
-    for pattern in ("libflashprune_*.so", "_build.*.so"):
+    for pattern in ("libflashprune_*.so", "_build.*.so", "_emulation.*.so"):
         for library in package.glob(pattern):
             library.unlink()
 

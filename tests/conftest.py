@@ -1,4 +1,5 @@
 import os
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,6 +25,12 @@ def native() -> None:
     """For tests of the native operators themselves."""
     if fp.backends()["cpu"] != "ready":
         pytest.skip(f"cpu: {fp.backends()['cpu']}")
+
+
+@pytest.fixture(scope="session")
+def emulation() -> ModuleType:
+    """The CUDA kernels, compiled for the CPU: built in a checkout, not in a wheel."""
+    return pytest.importorskip("flashprune._emulation")
 
 
 @pytest.fixture(scope="session")

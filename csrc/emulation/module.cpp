@@ -1,0 +1,8 @@
+// flashprune._emulation: the CUDA kernels on the host emulation, on NumPy arrays, for the tests. One file an op beside
+// this one binds it.
+#include "emulation/module.h"
+
+PYBIND11_MODULE(_emulation, m) {
+  m.doc() = "The CUDA kernels of flashprune on a CPU, for its tests.";
+  for (const auto& bind : flashprune::emulation::bindings()) bind(m);
+}

@@ -1,0 +1,44 @@
+// Starts kernels on the emulation, with the interface of include/flashprune/launch.cuh.
+#pragma once
+
+#include <cstring>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "flashprune/launch.cuh"
+
+namespace flashprune::emulation {
+
+class Stream {
+ public:
+  // blocks: how many the pretended device holds at once.
+  Stream(uint64_t seed, int blocks) : seed_(seed), blocks_(blocks) {}
+
+  template <class... P, class... A>
+  void launch(void (*kernel)(P...), const gpu::Shape& shape, A&&... arguments) {
+    if (shape.shared_bytes > shared_limit()) throw std::runtime_error("a block asks for too much shared memory");
+    if (shape.cooperative && int(shape.grid.x * shape.grid.y * shape.grid.z) > blocks_) {
+      throw std::runtime_error("a cooperative launch has more blocks than the device holds");
+    }
+    std::tuple<P...> values(std::forward<A>(arguments)...);
+    const Launch launch{shape.grid, {unsigned(shape.threads), 1, 1}, shape.shared_bytes, shape.cooperative, seed_++};
+    Machine(launch, [&] { std::apply(kernel, values); }).run();
+    ++launches_;
+  }
+  void zero(void* memory, size_t bytes) { std::memset(memory, 0, bytes); }
+  template <class Kernel>
+  int resident_blocks(Kernel, int, size_t) const {
+    return blocks_;
+  }
+  int multiprocessors() const { return blocks_; }
+  size_t shared_limit() const { return 99 << 10; }  // of the smallest GPU that is served
+  int launches() const { return launches_; }
+
+ private:
+  uint64_t seed_;
+  const int blocks_;
+  int launches_ = 0;
+};
+
+}  // namespace flashprune::emulation
