@@ -69,6 +69,20 @@ inline gpu::Rows rows(const Numbers& features, bool packed) {
   return {features.data(), dims == 3 ? stride(0) : 0, stride(dims - 2), int(features.shape(dims - 1)), packed};
 }
 
+// [tokens] or [items, tokens].
+inline gpu::Scores scores(const Numbers& values, bool packed) {
+  const auto dims = values.ndim();
+  if (dims < 1 || dims > 2) throw std::invalid_argument("scores: expected [N] or [B, N]");
+  const auto stride = [&](py::ssize_t d) { return int64_t(values.strides(d) / values.itemsize()); };
+  const gpu::Number type = with_type(values, [](auto element) {
+    using T = decltype(element);
+    return std::is_same_v<T, float>       ? gpu::Number::kFloat32
+           : std::is_same_v<T, gpu::Half> ? gpu::Number::kFloat16
+                                          : gpu::Number::kBFloat16;
+  });
+  return {values.data(), dims == 2 ? stride(0) : 0, stride(dims - 1), type, packed};
+}
+
 // tokens: the array whose leading dimensions count tokens, token_dims of them; starts: filled where budgets differ.
 inline gpu::Segments segments(const Numbers& tokens, int token_dims, const std::vector<int>& k,
                               const std::optional<Ints>& cu_seqlens, std::vector<int32_t>& starts) {

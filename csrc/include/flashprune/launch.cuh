@@ -69,4 +69,23 @@ struct Rows {
   }
 };
 
+enum class Number { kFloat32, kFloat16, kBFloat16 };
+
+// One score a token: [tokens] or [items, tokens], any type and strides. The type is looked at where a score is read,
+// which is the same branch for every thread and saves a kernel for each type.
+struct Scores {
+  const void* data;
+  int64_t item_stride, stride;  // elements; item_stride is not used for packed segments
+  Number type;
+  bool packed;
+
+  // Of a segment's token i.
+  __device__ float at(const Segment& segment, int s, int i) const {
+    const int64_t element = packed ? int64_t(segment.start + i) * stride : s * item_stride + i * stride;
+    if (type == Number::kFloat32) return static_cast<const float*>(data)[element];
+    if (type == Number::kFloat16) return to_float(static_cast<const Half*>(data)[element]);
+    return to_float(static_cast<const BFloat16*>(data)[element]);
+  }
+};
+
 }  // namespace flashprune::gpu
