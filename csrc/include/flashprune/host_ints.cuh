@@ -12,11 +12,13 @@ namespace flashprune::gpu {
 
 inline constexpr int kHostInts = 512;  // of a launch; a kernel's arguments may take 4 KB
 
+template <int kCount>
 struct HostInts {
-  int32_t values[kHostInts];
+  int32_t values[kCount];
 };
 
-inline __global__ void host_ints_kernel(const __grid_constant__ HostInts ints, int count, int32_t* out) {
+template <int kCount>
+__global__ void host_ints_kernel(const __grid_constant__ HostInts<kCount> ints, int count, int32_t* out) {
   for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) out[i] = ints.values[i];
 }
 
@@ -24,10 +26,10 @@ inline __global__ void host_ints_kernel(const __grid_constant__ HostInts ints, i
 template <class Stream>
 void host_ints(Stream& stream, const std::vector<int32_t>& values, int32_t* out) {
   for (size_t from = 0; from < values.size(); from += kHostInts) {
-    HostInts ints{};
+    HostInts<kHostInts> ints{};
     const size_t count = std::min<size_t>(kHostInts, values.size() - from);
     std::copy_n(values.data() + from, count, ints.values);
-    stream.launch(host_ints_kernel, Shape{dim3{1, 1, 1}, 128}, ints, int(count), out + from);
+    stream.launch(host_ints_kernel<kHostInts>, Shape{dim3{1, 1, 1}, 128}, ints, int(count), out + from);
   }
 }
 
