@@ -32,6 +32,11 @@ struct Segments {
   int total_k = 0;  // of all segments
 };
 
+// Of the whole call.
+inline size_t all_tokens(const Segments& segments) {
+  return size_t(segments.tokens) * size_t(segments.cu_seqlens ? 1 : segments.count);
+}
+
 // One of them, inside the tensors whatever cu_seqlens holds.
 struct Segment {
   int start;  // first token, of all tokens of the call
@@ -78,6 +83,12 @@ struct Scores {
   int64_t item_stride, stride;  // elements; item_stride is not used for packed segments
   Number type;
   bool packed;
+
+  // Those of a segment, stride apart, where the type is known.
+  template <class T>
+  __device__ const T* segment(const Segment& at, int s) const {
+    return static_cast<const T*>(data) + (packed ? at.start * stride : s * item_stride);
+  }
 
   // Of a segment's token i.
   __device__ float at(const Segment& segment, int s, int i) const {
