@@ -63,7 +63,7 @@ inline py::array_t<int64_t> poisoned_indices(int64_t count) {
 inline gpu::Rows rows(const Numbers& features, bool packed) {
   const auto dims = features.ndim();
   const auto stride = [&](py::ssize_t d) { return int64_t(features.strides(d) / features.itemsize()); };
-  if (dims < 2 || dims > 3 || (features.shape(dims - 1) > 1 && stride(dims - 1) != 1)) {
+  if (dims < 2 || dims > 3 || (features.size() > 0 && features.shape(dims - 1) > 1 && stride(dims - 1) != 1)) {
     throw std::invalid_argument("features: expected [N, D] or [B, N, D] with adjacent elements");
   }
   return {features.data(), dims == 3 ? stride(0) : 0, stride(dims - 2), int(features.shape(dims - 1)), packed};
