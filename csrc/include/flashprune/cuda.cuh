@@ -174,9 +174,12 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     uint32_t a[4], b[2];
     // What a lane holds at the given place of the operand's row: an element of a pair, or of tf32 the number.
     static float element(const uint32_t* pairs, int k) {
-      if constexpr (sizeof(T) == 4) return std::bit_cast<float>(pairs[k / 4]);
-      const uint16_t bits = uint16_t(pairs[k / 8] >> (k % 2 * 16));
-      return to_float(T{bits});
+      if constexpr (sizeof(T) == 4) {
+        return std::bit_cast<float>(pairs[k / 4]);
+      } else {
+        const uint16_t bits = uint16_t(pairs[k / 8] >> (k % 2 * 16));
+        return to_float(T{bits});
+      }
     }
   } mine;
   std::copy_n(a, 4, mine.a);
