@@ -1,0 +1,68 @@
+// Blocks of a launch to units of work of its segments, whose lengths are on the device.
+#pragma once
+
+#include "flashprune/block.cuh"
+#include "flashprune/launch.cuh"
+
+namespace flashprune::gpu {
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return a / b + (a % b != 0); }
+
+struct Unit {
+  int segment;  // -1: there is none
+  int index;    // of the segment's units
+};
+
+// The item-th unit where a segment of n tokens has units(n) of them. By whole warps; no barrier.
+template <class Units>
+__device__ __forceinline__ Unit locate(const Segments& all, int item, const Units& units) {
+  if (!all.cu_seqlens) {
+    const int each = units(all.tokens);
+    if (each == 0 || item / each >= all.count) return {-1, 0};
+    return {item / each, item % each};
+  }
+  for (int base = 0; base < all.count; base += 32) {
+    const int s = base + lane_index();
+    const int own = s < all.count ? units(Segment(all, s).n) : 0;
+    const int upto = warp_inclusive_sum(own);
+    const uint32_t after = __ballot_sync(kAllLanes, item < upto);
+    if (after) {
+      const int lane = __ffs(int(after)) - 1;
+      return {base + lane, item - __shfl_sync(kAllLanes, upto - own, lane)};
+    }
+    item -= __shfl_sync(kAllLanes, upto, 31);
+  }
+  return {-1, 0};
+}
+
+// Blocks enough for ceil(n / size) units a segment of n tokens.
+inline int most_chunks(const Segments& all, int size) {
+  return all.cu_seqlens ? all.tokens / size + all.count : all.count * ceil_div(all.tokens, size);
+}
+
+// Tiles on and above the diagonal of a square of that many.
+__host__ __device__ constexpr int triangle(int tiles) { return tiles * (tiles + 1) / 2; }
+
+// Blocks enough for all triangles of tiles, where no segment's square is larger than `most` tokens.
+inline int most_triangles(const Segments& all, int tile, int most) {
+  const int side = ceil_div(all.tokens < most ? all.tokens : most, tile);
+  if (!all.cu_seqlens) return all.count * triangle(side);
+  // A segment of c tiles a side has c (c + 1) / 2 of them, at most (side + 1) / 2 for each of its c.
+  const int64_t sides = int64_t(all.tokens / tile) + all.count;
+  const int64_t bound = sides * (side + 1) / 2, each = int64_t(all.count) * triangle(side);
+  return int(bound < each ? bound : each);
+}
+
+// Row and column, row <= column, of a triangle's tile.
+struct TriangleTile {
+  int row, column;
+
+  __device__ explicit TriangleTile(int index) {
+    column = int((__fsqrt_rn(8.0f * float(index) + 1.0f) - 1.0f) / 2.0f);
+    while (triangle(column) > index) --column;
+    while (triangle(column + 1) <= index) ++column;
+    row = index - triangle(column);
+  }
+};
+
+}  // namespace flashprune::gpu
