@@ -17,12 +17,21 @@ class Stream {
 
   template <class... P, class... A>
   void launch(void (*kernel)(P...), const gpu::Shape& shape, A&&... arguments) {
+    const auto [x, y, z] = shape.grid;
+    if (x == 0 || y == 0 || z == 0 || x > 0x7fffffffu || y > 65535 || z > 65535)
+      throw std::runtime_error("a launch has no blocks, or too many");
+    if (shape.threads <= 0 || shape.threads > 1024 || shape.threads % 32 != 0)
+      throw std::runtime_error("a block has no whole warps, or too many");
     if (shape.shared_bytes > shared_limit()) throw std::runtime_error("a block asks for too much shared memory");
-    if (shape.cooperative && int(shape.grid.x * shape.grid.y * shape.grid.z) > blocks_) {
+    if (shape.cooperative && uint64_t(x) * y * z > uint64_t(blocks_))
       throw std::runtime_error("a cooperative launch has more blocks than the device holds");
-    }
     std::tuple<P...> values(std::forward<A>(arguments)...);
-    const Launch launch{shape.grid, {unsigned(shape.threads), 1, 1}, shape.shared_bytes, shape.cooperative, seed_++};
+    const Launch launch{.grid = shape.grid,
+                        .block = {unsigned(shape.threads), 1, 1},
+                        .shared_bytes = shape.shared_bytes,
+                        .cooperative = shape.cooperative,
+                        .seed = seed_++,
+                        .resident = unsigned(blocks_)};
     Machine(launch, [&] { std::apply(kernel, values); }).run();
     ++launches_;
   }

@@ -40,15 +40,14 @@ __device__ __forceinline__ float to_float(Half x) {
 #endif
 }
 
-// ---- shared memory
-// --------------------------------------------------------------------------------------------------- The block's
-// dynamic buffer, 128-byte aligned.
+// ---- shared memory --------------------------------------------------------------------------------------------------
+// The block's dynamic buffer, 128-byte aligned.
 __device__ __forceinline__ unsigned char* shared_memory() {
 #ifdef __CUDACC__
   extern __shared__ __align__(128) unsigned char flashprune_shared_memory[];
   return flashprune_shared_memory;
 #else
-  return flashprune::emulation::thread().block->shared;
+  return flashprune::emulation::self->block->shared;
 #endif
 }
 
@@ -71,70 +70,43 @@ class Arena {
   size_t used_ = 0;
 };
 
-// ---- asynchronous copies, global to shared
-// --------------------------------------------------------------------------- Both addresses 16-byte aligned; zeros are
-// written where from is null.
-__device__ __forceinline__ void copy_async_16(void* to, const void* from) {
 #ifdef __CUDACC__
+
+// ---- asynchronous copies, global to shared --------------------------------------------------------------------------
+// Both addresses 16-byte aligned; zeros are written where from is null.
+__device__ __forceinline__ void copy_async_16(void* to, const void* from) {
   const uint32_t address = uint32_t(__cvta_generic_to_shared(to));
   const int bytes = from ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from ? from : to), "r"(bytes)
                : "memory");
-#else
-  flashprune::emulation::thread().open.push_back({to, from, 16});
-#endif
 }
 
-__device__ __forceinline__ void copy_async_commit() {
-#ifdef __CUDACC__
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#else
-  flashprune::emulation::Thread& thread = flashprune::emulation::thread();
-  thread.groups.push_back(std::move(thread.open));
-  thread.open.clear();
-#endif
-}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits for all but the last kLeft groups of the calling thread.
 template <int kLeft>
 __device__ __forceinline__ void copy_async_wait() {
-#ifdef __CUDACC__
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
-#else
-  flashprune::emulation::Machine::land(flashprune::emulation::thread(), kLeft);
-#endif
 }
 
-// ---- between blocks
-// --------------------------------------------------------------------------------------------------
+// ---- between blocks -------------------------------------------------------------------------------------------------
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
-#ifdef __CUDACC__
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
   return value;
-#else
-  return *p;
-#endif
 }
 
 // In the body of every loop that waits for another block.
-__device__ __forceinline__ void spin() {
-#ifndef __CUDACC__
-  flashprune::emulation::Machine::current().spin();
-#endif
-}
+__device__ __forceinline__ void spin() {}
 
-// ---- matrix instructions
-// --------------------------------------------------------------------------------------------- d += a b for the 16 x
-// 16 matrix a and the 16 x 8 matrix b of a warp (tf32: 16 x 8 and 8 x 8), sums in float32. With g = lane / 4 and t =
-// lane % 4 a lane holds
+// ---- matrix instructions --------------------------------------------------------------------------------------------
+// d += a b for the 16 x 16 matrix a and the 16 x 8 matrix b of a warp (tf32: 16 x 8 and 8 x 8), sums in float32. With
+// g = lane / 4 and t = lane % 4 a lane holds
 //   d: rows g, g, g + 8, g + 8 at columns 2t, 2t + 1, 2t, 2t + 1
 //   a: of rows g, g + 8, g, g + 8 the pairs of columns from 2t, 2t, 2t + 8, 2t + 8 (tf32: columns t, t, t + 4, t + 4)
 //   b: of column g the pairs of rows from 2t, 2t + 8 (tf32: rows t, t + 4)
 template <class T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-
-#ifdef __CUDACC__
 
 template <>
 __device__ __forceinline__ void mma<BFloat16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -168,52 +140,72 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row)
 
 #else
 
-template <class T>
-void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  struct Fragments {
-    uint32_t a[4], b[2];
-    // What a lane holds at the given place of the operand's row: an element of a pair, or of tf32 the number.
-    static float element(const uint32_t* pairs, int k) {
-      if constexpr (sizeof(T) == 4) {
-        return std::bit_cast<float>(pairs[k / 4]);
-      } else {
-        const uint16_t bits = uint16_t(pairs[k / 8] >> (k % 2 * 16));
-        return to_float(T{bits});
-      }
-    }
-  } mine;
-  std::copy_n(a, 4, mine.a);
-  std::copy_n(b, 2, mine.b);
-  static const char operation = 0;
-  const int g = int(threadIdx.x % 32 / 4), t = int(threadIdx.x % 4);
-  constexpr int kDepth = sizeof(T) == 4 ? 8 : 16;
-  flashprune::emulation::exchange(kAllLanes, mine, &operation, std::source_location::current(),
-                                  [&](const Fragments* all) {
-                                    for (int e = 0; e < 4; ++e) {
-                                      const int row = g + e / 2 * 8, column = 2 * t + e % 2;
-                                      float sum = 0.0f;
-                                      for (int k = 0; k < kDepth; ++k) {
-                                        const int holder = sizeof(T) == 4 ? k % 4 : k % 8 / 2;
-                                        const Fragments& left = all[row % 8 * 4 + holder];
-                                        const Fragments& right = all[column * 4 + holder];
-                                        const uint32_t of_row[2] = {left.a[row / 8], left.a[row / 8 + 2]};
-                                        sum += Fragments::element(of_row, k) * Fragments::element(right.b, k);
-                                      }
-                                      d[e] += sum;
-                                    }
-                                    return 0;
-                                  });
+// The same on the emulation.
+inline void copy_async_16(void* to, const void* from, FLASHPRUNE_WHERE) {
+  emulation::Machine::current().copy_async(to, from, where);
+}
+inline void copy_async_commit() { emulation::Machine::current().copy_commit(); }
+template <int kLeft>
+void copy_async_wait() {
+  emulation::Machine::current().copy_wait(kLeft);
 }
 
-inline void load_matrices(uint32_t (&r)[4], const void* row) {
-  static const char operation = 0;
-  const int lane = int(threadIdx.x % 32);
-  flashprune::emulation::exchange(
-      kAllLanes, row, &operation, std::source_location::current(), [&](const void* const* rows) {
-        for (int m = 0; m < 4; ++m)
-          std::memcpy(&r[m], static_cast<const char*>(rows[m * 8 + lane / 4]) + lane % 4 * 4, 4);
-        return 0;
-      });
+inline uint32_t load_acquire(const uint32_t* p) {
+  emulation::Machine::current().preempt();
+  return *p;
+}
+inline void spin(FLASHPRUNE_WHERE) { emulation::Machine::current().spin(where); }
+
+template <class T>
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], FLASHPRUNE_WHERE) {
+  struct Fragments {
+    uint32_t a[4], b[2];
+    float* d;
+  };
+  const Fragments mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, d};
+  emulation::exchange<int>(kAllLanes, mine, where, [](const Fragments* in, int*, uint32_t) {
+    using Row = float __attribute__((vector_size(32)));
+    float left[16][16];
+    Row right[16];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int r = 0; r < 6; ++r) {
+        const uint32_t bits = r < 4 ? in[lane].a[r] : in[lane].b[r - 4];
+        const auto put = [&](int k, float value) {
+          if (r < 4) {
+            left[g + r % 2 * 8][k] = value;
+          } else {
+            right[k][g] = value;
+          }
+        };
+        const int second = r < 4 ? r / 2 : r - 4;  // half of the depth
+        if constexpr (sizeof(T) == 4) {
+          put(t + second * 4, std::bit_cast<float>(bits & 0xffffe000u));
+        } else {
+          put(2 * t + second * 8, to_float(T{uint16_t(bits)}));
+          put(2 * t + second * 8 + 1, to_float(T{uint16_t(bits >> 16)}));
+        }
+      }
+    }
+    for (int row = 0; row < 16; ++row) {
+      Row sum{};
+      for (int k = 0; k < (sizeof(T) == 4 ? 8 : 16); ++k) sum += left[row][k] * right[k];
+      for (int column = 0; column < 8; ++column)
+        in[row % 8 * 4 + column / 2].d[row / 8 * 2 + column % 2] += sum[column];
+    }
+  });
+}
+
+inline void load_matrices(uint32_t (&r)[4], const void* row, FLASHPRUNE_WHERE) {
+  struct Pairs {
+    uint32_t of[4];
+  };
+  const Pairs mine = emulation::exchange<Pairs>(kAllLanes, row, where, [](const void* const* in, Pairs* out, uint32_t) {
+    for (int l = 0; l < 32; ++l)
+      for (int m = 0; m < 4; ++m)
+        std::memcpy(&out[l].of[m], static_cast<const char*>(in[m * 8 + l / 4]) + l % 4 * 4, 4);
+  });
+  std::copy_n(mine.of, 4, r);
 }
 
 #endif
