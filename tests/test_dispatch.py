@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashprune as fp
-from flashprune import dispatch, triton_ops
+from flashprune import dispatch, native, operators, triton_ops
 from inputs import VARIANTS, Variant, gaussian
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
@@ -34,8 +35,9 @@ class Recorder(TorchDispatchMode):
 
 
 @pytest.fixture(autouse=True)
-def _forget_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "_cuda_found", {})
 
 
 def ran(variant: Variant, dtype: torch.dtype = torch.float32, **settings: str) -> set[str]:
@@ -79,10 +81,47 @@ def test_without_the_library_auto_warns_once_and_cpu_refuses(monkeypatch: pytest
     assert fp.backends()["cpu"] == "not built: install a compiler"
 
 
-def test_what_is_not_built_says_so() -> None:
-    assert fp.backends()["cuda"].startswith("not built yet")
-    with pytest.raises(RuntimeError, match="backend='cuda' cannot run: not built yet"):
+def test_a_backend_without_its_library_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "cuda_status", lambda: "not built: no nvcc")
+    assert fp.backends()["cuda"] == "not built: no nvcc"
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run: not built: no nvcc"):
         fp.topk_select(torch.ones(3), 1, backend="cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_says_why() -> None:
+    assert fp.backends()["cuda"] == native.cuda_status() != "ready"
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run: "):
+        fp.topk_select(torch.ones(3), 1, backend="cuda")
+
+
+def test_cuda_is_asked_until_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter(["no GPU", "ready"])
+    monkeypatch.setattr(native, "cuda_status", lambda: next(answers))
+    assert [fp.backends()["cuda"] for _ in range(4)] == ["no GPU", "ready", "ready", "ready"]
+
+
+def test_asking_for_the_status_does_not_break_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.cpu_status() != "ready":
+        pytest.skip(native.cpu_status())
+    monkeypatch.setitem(dispatch._status, "cpu", None)  # asked for as that of CUDA is
+    monkeypatch.setattr(native, "cuda_status", lambda: "ready")
+    scores = torch.rand(30)
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    whole = torch.compile(lambda x: x[fp.topk_select(x, 4)], fullgraph=True, backend=graphs)
+    for _ in range(2):
+        assert torch.equal(whole(scores), scores[fp.topk_select(scores, 4)])
+    assert graphs.frame_count == 1
+
+
+def test_importing_asks_for_no_gpu() -> None:
+    script = (
+        "import torch; torch.cuda.is_available = torch.cuda._lazy_init = None\n"
+        "import flashprune as fp; print(fp.topk_select(torch.ones(3), 1).tolist())"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout == "[0]\n", run.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -109,15 +148,18 @@ def test_the_status_of_triton(found: str | None, status: str, monkeypatch: pytes
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with a GPU and Triton, as far as dispatch can see."""
+    """A machine with a GPU, Triton and a CUDA library without kernels, as far as dispatch can see."""
     monkeypatch.setitem(dispatch._status, "triton", "ready")
+    monkeypatch.setattr(native, "cuda_status", lambda: "ready")
+    monkeypatch.setattr(operators, "CUDA_KERNELS", frozenset())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
 def test_a_gpu_without_kernels_falls_back(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dispatch._status, "triton", "triton not installed")
+    monkeypatch.setattr(native, "cuda_status", lambda: "not built (no nvcc)")
     with pytest.warns(
-        UserWarning, match="slow reference on cuda tensors .*cuda: not built yet.*triton: triton not installed"
+        UserWarning, match=r"slow reference on cuda tensors .*cuda: not built \(no nvcc\).*triton: triton not installed"
     ):
         assert dispatch.resolve("auto", "topk_select", GPU, torch.float32) == "reference"
 
@@ -143,13 +185,38 @@ def test_a_backend_takes_its_own_tensors_only(native: None) -> None:
     assert dispatch.resolve("reference", "topk_select", GPU, torch.float64) == "reference"
 
 
-def test_a_gpu_backend_that_is_ready_comes_first(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_ops, "KERNELS", frozenset({"topk_select"}))
-    assert dispatch.resolve("auto", "topk_select", GPU, torch.bfloat16) == "triton"
-    monkeypatch.setitem(dispatch._status, "cuda", "ready")
+def test_cuda_comes_before_triton(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ops, "KERNELS", frozenset({"topk_select", "mmr_select"}))
+    monkeypatch.setattr(operators, "CUDA_KERNELS", frozenset({"topk_select"}))
     assert dispatch.resolve("auto", "topk_select", GPU, torch.bfloat16) == "cuda"
+    assert dispatch.resolve("auto", "mmr_select", GPU, torch.bfloat16) == "triton"
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run: no CUDA kernel for mmr_select yet"):
+        dispatch.resolve("cuda", "mmr_select", GPU, torch.bfloat16)
     with pytest.raises(ValueError, match="backend='cuda' cannot run: it takes cuda tensors, got cpu"):
         dispatch.resolve("cuda", "topk_select", CPU, torch.float32)
+    with pytest.raises(ValueError, match=r"backend='cuda' cannot run: .* got float64"):
+        dispatch.resolve("cuda", "topk_select", GPU, torch.float64)
+    monkeypatch.setattr(native, "cuda_status", lambda: "GPU too old")
+    monkeypatch.setattr(dispatch, "_cuda_found", {})
+    assert dispatch.resolve("auto", "topk_select", GPU, torch.bfloat16) == "triton"
+
+
+@pytest.mark.parametrize("op", dispatch.WIDE)
+def test_wide_stages_of_cuda_are_triton_kernels(op: str, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ops, "KERNELS", frozenset({op}))
+    assert dispatch.resolve("cuda", op, GPU, torch.float32) == "triton"
+    assert dispatch.resolve("auto", op, GPU, torch.float32) == "triton"
+    monkeypatch.setitem(dispatch._status, "triton", "triton not installed")
+    with pytest.raises(RuntimeError, match=f"'cuda' cannot run: {op} is a Triton kernel there: triton not installed"):
+        dispatch.resolve("cuda", op, GPU, torch.float32)
+
+
+def test_cuda_kernels_are_those_that_the_library_registers() -> None:
+    assert operators.CUDA_KERNELS.issubset(operators.SHAPES)
+    if native.cuda_status() == "ready":
+        assert "topk_select" in operators.CUDA_KERNELS
+    elif torch.version.cuda is None:  # the library is left alone
+        assert not operators.CUDA_KERNELS
 
 
 def test_backends_is_a_copy() -> None:

@@ -9,10 +9,12 @@ from importlib.util import find_spec
 
 import torch
 
-from . import checks, native, triton_ops
+from . import checks, native, operators, triton_ops
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 READY = "ready"
+# Wide stages, which read everything once: those of the cuda backend are Triton kernels.
+WIDE = ("query_attention", "received_attention")
 OLDEST_TRITON = (3, 6)
 
 
@@ -31,12 +33,13 @@ def _triton_status() -> str:
 
 
 native.load()  # here, so that tracing a selector finds the operators registered and the answer known
-_status = {
-    "cuda": "not built yet: this version of flashprune has no CUDA selection kernels",
+_status: dict[str, str | None] = {
+    "cuda": None,  # asked when needed: where there is a GPU that initialises CUDA, which breaks a later fork
     "triton": _triton_status(),
     "cpu": native.cpu_status(),
     "reference": READY,
 }
+_cuda_found: dict[str, str] = {}
 _warned: set[str] = set()
 
 
@@ -54,24 +57,43 @@ def resolve(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
 
     ``"auto"`` takes the fastest that can; where that is only the reference it warns, once for each reason. Any other
     name is taken at its word: RuntimeError if that backend is not ready, ValueError if it does not take such tensors.
+    ``"cuda"`` has its wide stages in Triton, so for those the answer is ``"triton"``.
     """
     checks.choice("backend", backend, BACKENDS)
     if backend == "auto":
-        return _automatic(op, device, dtype)
-    reason = _unable(backend, op)
+        backend = _automatic(op, device, dtype)
+    else:
+        _insist(backend, op, device, dtype)
+    return "triton" if backend == "cuda" and op in WIDE else backend
+
+
+def unable(backend: str, op: str) -> str:
+    """Why a backend cannot run an operator here, whatever the tensors; empty if it can."""
+    status = _readiness(backend)
+    if status != READY:
+        return status
+    if backend == "triton":
+        return triton_ops.missing_kernel(op)
+    if backend == "cuda" and op in WIDE:
+        reason = unable("triton", op)
+        return f"{op} is a Triton kernel there: {reason}" if reason else ""
+    return operators.missing_kernel(op) if backend == "cuda" else ""
+
+
+def _insist(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> None:
+    reason = unable(backend, op)
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
     refusal = _refusal(backend, device, dtype)
     if refusal:
         raise ValueError(f"backend={backend!r} cannot run: {refusal}")
-    return backend
 
 
 def _automatic(op: str, device: torch.device, dtype: torch.dtype) -> str:
     candidates = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
     reasons = []
     for backend in candidates:
-        reason = _unable(backend, op) or _refusal(backend, device, dtype)
+        reason = unable(backend, op) or _refusal(backend, device, dtype)
         if not reason:
             return backend
         reasons.append(f"{backend}: {reason}")
@@ -82,15 +104,20 @@ def _automatic(op: str, device: torch.device, dtype: torch.dtype) -> str:
 def _readiness(backend: str) -> str:
     if backend == "triton" and not torch.cuda.is_available():
         return "no GPU: torch.cuda.is_available() is False"
-    return _status[backend]
+    status = _status[backend]
+    return _cuda_status() if status is None else status
 
 
-def _unable(backend: str, op: str) -> str:
-    """Why a backend cannot run an operator here, whatever the tensors; empty if it can."""
-    status = _readiness(backend)
-    if status != READY:
-        return status
-    return triton_ops.missing_kernel(op) if backend == "triton" else ""
+def _cuda_status() -> str:
+    """Asked until it is ready, and then kept: asking takes microseconds, which is a share of a call."""
+    if _cuda_found.get("status") != READY:
+        _cuda_found["status"] = native.cuda_status()
+    return _cuda_found["status"]
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler and Triton for it: a graph that is traced
+# asks once and keeps the answer.
+vars(_cuda_status)["_dynamo_marked_constant"] = True
 
 
 def _refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -58,6 +58,18 @@ SHAPES: dict[str, Callable[..., Tensor]] = {
     "dpp_select": _dpp,
 }
 
+
+def _has_kernel(op: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"flashprune::{op}", "CUDA")
+
+
+CUDA_KERNELS: frozenset[str] = frozenset()  # operators that the CUDA library implements
 if native.load():
+    CUDA_KERNELS = frozenset(filter(_has_kernel, SHAPES))
     for _op, _shape in SHAPES.items():
         torch.library.register_fake(f"flashprune::{_op}", _shape)
+
+
+def missing_kernel(op: str) -> str:
+    """Why the CUDA library does not run an operator; empty if it does."""
+    return "" if op in CUDA_KERNELS else f"no CUDA kernel for {op} yet"

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 import flashprune as fp
-from flashprune import triton_ops
+from flashprune import dispatch
 
 from . import console
 from .cases import ATTENTION, OPERATORS, SELECTORS, Case, cases, log_sums
@@ -88,25 +88,22 @@ def _selected(op: str | None, number: int | None, seed: int, quick: bool) -> dic
 
 def _backends(device: torch.device, backend: str | None, op: str) -> list[str]:
     """The backends to check on a device: the one asked for, or all that are ready there."""
-    status = fp.backends()
     on_device = ("reference", "cpu") if device.type == "cpu" else ("reference", "triton", "cuda")
     if backend in (None, "auto"):
-        return [name for name in on_device if _status(status, name, op) == "ready"]
+        return [name for name in on_device if _status(name, op) == "ready"]
     assert backend is not None
     if backend not in on_device:
         raise InputError(f"--backend {backend} does not serve --device {device.type}")
-    if _status(status, backend, op) != "ready":
-        raise InputError(f"--backend {backend}: {_status(status, backend, op)}")
+    if _status(backend, op) != "ready":
+        raise InputError(f"--backend {backend}: {_status(backend, op)}")
     return [backend]
 
 
-def _status(status: dict[str, str], backend: str, op: str) -> str:
+def _status(backend: str, op: str) -> str:
     # the attention operators are plain PyTorch on a CPU and need no native library
     if backend == "cpu" and op in ATTENTION:
         return "ready"
-    if backend == "triton" and status[backend] == "ready":
-        return triton_ops.missing_kernel(op if op in ATTENTION else f"{op}_select") or "ready"
-    return status.get(backend, "unknown")
+    return dispatch.unable(backend, op if op in ATTENTION else f"{op}_select") or "ready"
 
 
 def _run(tally: Tally, case: Case, device: torch.device, options: str) -> None:
