@@ -41,7 +41,7 @@ py::array_t<float> nearest_other(const Numbers& features, const py::array_t<floa
   Call call(features, cu_seqlens, seed, blocks);
   std::vector<uint32_t> bits(size_t(call.tokens), 0xa5a5a5a5u);
   with_type(features, [&](auto type) {
-    gpu::nearest_other<decltype(type)>(call.stream, call.all, call.rows, inverse.data(), bits.data(), tile);
+    gpu::all_pairs<decltype(type)>(call.stream, call.all, call.rows, inverse.data(), bits.data(), nullptr, tile);
   });
   py::array_t<float> out = poisoned_floats({call.tokens});
   for (py::ssize_t i = 0; i < call.tokens; ++i) out.mutable_data()[i] = gpu::from_ordered_bits(bits[size_t(i)]);
@@ -53,7 +53,7 @@ py::array_t<float> cosine_matrix(const Numbers& features, const py::array_t<floa
   Call call(features, cu_seqlens, seed, blocks);
   py::array_t<float> out = poisoned_floats({call.tokens, call.all.tokens});
   with_type(features, [&](auto type) {
-    gpu::cosine_matrix<decltype(type)>(call.stream, call.all, call.rows, inverse.data(), out.mutable_data(), tile);
+    gpu::all_pairs<decltype(type)>(call.stream, call.all, call.rows, inverse.data(), nullptr, out.mutable_data(), tile);
   });
   return out;
 }

@@ -16,9 +16,10 @@ enum class Cosines { kAutomatic, kComputed, kStored };
 
 inline size_t pairs(const Segments& segments) { return all_tokens(segments) * size_t(segments.tokens); }
 
+inline constexpr size_t kMostPairs = 16 << 20;  // of a stored matrix: 64 MB
+
 // Automatic: a matrix pays where it is small and most of it will be asked for.
 inline bool stored(Cosines cosines, const Segments& segments) {
-  constexpr size_t kMostPairs = 16 << 20;  // 64 MB
   if (cosines != Cosines::kAutomatic) return cosines == Cosines::kStored;
   return pairs(segments) <= kMostPairs && (segments.tokens <= 1024 || segments.k >= segments.tokens / 4);
 }

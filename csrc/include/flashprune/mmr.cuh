@@ -28,7 +28,7 @@ size_t mmr(Stream& stream, const MmrCall& call, unsigned char* memory) {
   float* const matrix = stored(call.cosines, call.segments) ? arena.take<float>(pairs(call.segments)) : nullptr;
   if (!memory) return arena.used();
   inverse_norms<T>(stream, call.segments, call.rows, norms);
-  if (matrix) cosine_matrix<T>(stream, call.segments, call.rows, norms, matrix);
+  if (matrix) all_pairs<T>(stream, call.segments, call.rows, norms, nullptr, matrix);
   problem.norms = norms;
   problem.matrix = matrix;
   problem.importance = call.importance;

@@ -93,9 +93,10 @@ __device__ __forceinline__ float from_ordered_bits(uint32_t bits) {
   return key_score(Key(bits < 0x007fffffu ? 0x007fffffu : bits) << 32);
 }
 
+// Either result may be null.
 template <class T, int kTile>
 __global__ void __launch_bounds__(2 * kTile, CosineTile<T, kTile>::kBlocks)
-    nearest_other_kernel(Segments all, Rows rows, const float* inverse, bool aligned, uint32_t* nearest) {
+    all_pairs_kernel(Segments all, Rows rows, const float* inverse, bool aligned, uint32_t* nearest, float* out) {
   Arena arena(shared_memory());
   const CosineTile<T, kTile> tile(arena);
   const Unit unit = locate(all, int(blockIdx.x), [](int n) { return triangle(ceil_div(n, kTile)); });
@@ -106,35 +107,20 @@ __global__ void __launch_bounds__(2 * kTile, CosineTile<T, kTile>::kBlocks)
   set_tile(tile, segment, rows.segment<T>(segment, unit.segment), rows.row_stride, inverse, row0, column0);
   tile.compute(rows.d, aligned, row0 == column0);
 
-  // A thread has a row or a column: the first kTile threads the rows.
-  const int own = int(threadIdx.x) % kTile;
-  const bool is_row = int(threadIdx.x) < kTile;
-  const int token = (is_row ? row0 : column0) + own;
-  const int others = is_row ? min(kTile, segment.n - column0) : min(kTile, segment.n - row0);
-  if (token >= segment.n) return;
-  uint32_t best = 0;
-  for (int other = 0; other < others; ++other) {
-    const int r = is_row ? own : other, c = is_row ? other : own;
-    if (row0 + r < column0 + c) best = max(best, ordered_bits(tile.at(r, c)));
+  if (nearest) {
+    // A thread has a row or a column: the first kTile threads the rows.
+    const int own = int(threadIdx.x) % kTile;
+    const bool is_row = int(threadIdx.x) < kTile;
+    const int token = (is_row ? row0 : column0) + own;
+    const int others = token >= segment.n ? 0 : min(kTile, segment.n - (is_row ? column0 : row0));
+    uint32_t best = 0;
+    for (int other = 0; other < others; ++other) {
+      const int r = is_row ? own : other, c = is_row ? other : own;
+      if (row0 + r < column0 + c) best = max(best, ordered_bits(tile.at(r, c)));
+    }
+    if (best) atomicMax(nearest + segment.start + token, best);
   }
-  atomicMax(nearest + segment.start + token, best);
-}
-
-// out: [items, tokens, tokens], symmetric to the bit; of packed segments [all tokens, tokens], a row's entries counted
-// from its segment's first token.
-template <class T, int kTile>
-__global__ void __launch_bounds__(2 * kTile, CosineTile<T, kTile>::kBlocks)
-    cosine_matrix_kernel(Segments all, Rows rows, const float* inverse, bool aligned, float* out) {
-  Arena arena(shared_memory());
-  const CosineTile<T, kTile> tile(arena);
-  const Unit unit = locate(all, int(blockIdx.x), [](int n) { return triangle(ceil_div(n, kTile)); });
-  if (unit.segment < 0) return;
-  const Segment segment(all, unit.segment);
-  const TriangleTile place(unit.index);
-  const int row0 = place.row * kTile, column0 = place.column * kTile;
-  set_tile(tile, segment, rows.segment<T>(segment, unit.segment), rows.row_stride, inverse, row0, column0);
-  tile.compute(rows.d, aligned, row0 == column0);
-
+  if (!out) return;
   float* const matrix = out + int64_t(segment.start) * all.tokens;
   for (int i = int(threadIdx.x); i < kTile * kTile; i += 2 * kTile) {
     const int slow = i / kTile, fast = i % kTile;
@@ -154,31 +140,24 @@ int choose_tile(Stream& stream, const Segments& all, int most) {
   return tiles >= stream.multiprocessors() ? kLargeTile : kSmallTile;
 }
 
-// nearest: [all_tokens], read with from_ordered_bits. tile: 0 lets it choose; it changes no value.
+// What all pairs of a segment tell, from one product of each; either result may be null.
+//   nearest: [all_tokens] each token's largest cosine to another one, read with from_ordered_bits
+//   out: cosines [items, tokens, tokens], symmetric to the bit; of packed segments [all tokens, tokens], a row's
+//   entries
+//        counted from its segment's first token
+// tile: 0 lets it choose; it changes no value.
 template <class T, class Stream>
-void nearest_other(Stream& stream, const Segments& all, const Rows& rows, const float* inverse, uint32_t* nearest,
-                   int tile = 0) {
+void all_pairs(Stream& stream, const Segments& all, const Rows& rows, const float* inverse, uint32_t* nearest,
+               float* out, int tile = 0) {
   const size_t tokens = all_tokens(all);
   if (tokens == 0) return;
-  stream.zero(nearest, tokens * sizeof(uint32_t));
+  if (nearest) stream.zero(nearest, tokens * sizeof(uint32_t));
   if (tile == 0) tile = choose_tile(stream, all, all.tokens);
   const bool large = tile == kLargeTile;
   const Shape shape{dim3{unsigned(most_triangles(all, tile, all.tokens)), 1, 1}, 2 * tile,
                     large ? CosineTile<T, kLargeTile>::shared_bytes() : CosineTile<T, kSmallTile>::shared_bytes()};
-  stream.launch(large ? nearest_other_kernel<T, kLargeTile> : nearest_other_kernel<T, kSmallTile>, shape, all, rows,
-                inverse, aligned_rows(rows, sizeof(T)), nearest);
-}
-
-template <class T, class Stream>
-void cosine_matrix(Stream& stream, const Segments& all, const Rows& rows, const float* inverse, float* out,
-                   int tile = 0) {
-  if (all_tokens(all) == 0) return;
-  if (tile == 0) tile = choose_tile(stream, all, all.tokens);
-  const bool large = tile == kLargeTile;
-  const Shape shape{dim3{unsigned(most_triangles(all, tile, all.tokens)), 1, 1}, 2 * tile,
-                    large ? CosineTile<T, kLargeTile>::shared_bytes() : CosineTile<T, kSmallTile>::shared_bytes()};
-  stream.launch(large ? cosine_matrix_kernel<T, kLargeTile> : cosine_matrix_kernel<T, kSmallTile>, shape, all, rows,
-                inverse, aligned_rows(rows, sizeof(T)), out);
+  stream.launch(large ? all_pairs_kernel<T, kLargeTile> : all_pairs_kernel<T, kSmallTile>, shape, all, rows, inverse,
+                aligned_rows(rows, sizeof(T)), nearest, out);
 }
 
 }  // namespace flashprune::gpu
