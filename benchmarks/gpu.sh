@@ -6,10 +6,11 @@ usage() {
   cat <<'END'
 Usage: benchmarks/gpu.sh [FOLDER]
 
-On a machine with an NVIDIA GPU, a CUDA build of torch >= 2.11 and triton >= 3.6, from a checkout of flashprune. Runs
-the GPU tests, compute-sanitizer on small shapes where it is installed, and the benchmarks, and writes Markdown tables
-and logs into FOLDER (default: $OUT, else bench/gpu of the checkout). A step that fails is recorded in
-FOLDER/summary.md and the rest goes on.
+On a machine with an NVIDIA GPU, a CUDA build of torch >= 2.11 and triton >= 3.6, from a checkout of flashprune. Builds
+it where the build tools are, with nvcc >= 12.8 the CUDA library too; runs the GPU tests of both backends,
+compute-sanitizer on small shapes where it is installed, and the benchmarks, CUDA beside Triton; and writes Markdown
+tables and logs into FOLDER (default: $OUT, else bench/gpu of the checkout). A step that fails or a backend that cannot
+run is recorded in FOLDER/summary.md and the rest goes on.
 
   PYTHON=python3   the Python to use, with torch, triton, pytest and hypothesis installed
 
@@ -66,8 +67,11 @@ skip() {
   echo "| $1 | skipped: $2 | 0 |" >>"$summary"
 }
 
-# With the build tools here the checkout is installed; without them it runs from a folder of links: pure Python and Triton.
-if "$python" -c 'import cmake, ninja, pybind11, setuptools' 2>/dev/null; then
+# With the build tools here the checkout is installed; without them it runs from a folder of links, with the libraries
+# that were built elsewhere and brought along, if any.
+if [ -e python/flashprune/libflashprune_cuda.so ] && ! command -v "${CUDACXX:-nvcc}" /usr/local/cuda/bin/nvcc >/dev/null; then
+  skip build "no nvcc: with the libraries that are there"
+elif "$python" -c 'import cmake, ninja, pybind11, setuptools' 2>/dev/null; then
   run build "$python" -m pip install --no-build-isolation --no-deps --editable .
 else
   skip build "no cmake, ninja, pybind11 and setuptools: without native code"
@@ -80,13 +84,22 @@ if ! "$python" -c 'import flashprune.triton_kernels' 2>/dev/null; then
   ln -s "$PWD/triton_kernels" "$site/flashprune/triton_kernels"
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
-run backends "$python" -c 'import sys, flashprune as fp; b = fp.backends(); print(*b.items(), sep="\n"); sys.exit(b["triton"] != "ready")'
+run backends "$python" -c 'import sys, flashprune as fp; b = fp.backends(); print(*b.items(), sep="\n"); sys.exit("ready" not in (b["cuda"], b["triton"]))'
+for backend in cuda triton; do
+  status=$("$python" -c "import flashprune as fp; print(fp.backends()['$backend'])" 2>&1 | tail -n 1)
+  [ "$status" = ready ] || skip "$backend" "$status"
+done
 
-run gpu_tests "$python" -m pytest -q -m gpu tests
+run gpu_tests "$python" -m pytest -q -m gpu -rs tests
+if "$python" -c 'from flashprune.cli import app' 2>/dev/null; then
+  run validate "$python" -c 'from flashprune.cli import app; app(["validate", "--device", "cuda"])'
+else
+  skip validate "no typer and rich"
+fi
 run triton_tests "$python" -m pytest -q -s tests/test_triton_*.py
 
 if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); then
-  for tool in memcheck racecheck; do
+  for tool in memcheck racecheck synccheck; do
     # torch's caching allocator would hide reads past the end of a tensor
     run "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
       "$python" -m benchmarks.gpu --small
