@@ -28,6 +28,7 @@ struct Exchange {
   uint32_t values[2][kPublished];  // the bits of a token's float
   int32_t seen[2][kPublished];
   float cosines[kBlock][kBlock];  // [pick, token] of the round
+  int32_t count;                  // of picks, where one block makes them for the team
 };
 
 struct RoundsProblem {

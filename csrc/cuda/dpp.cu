@@ -1,0 +1,29 @@
+#include "flashprune/dpp.cuh"
+
+#include "tensors.h"
+
+namespace flashprune::gpu {
+
+Tensor dpp_cuda(const Tensor& features, const Tensor& relevance, const std::vector<int64_t>& k,
+                const std::optional<Tensor>& cu_seqlens, bool sort, int64_t block) {
+  const FeatureTensor x(features);
+  const ScoreTensor scores(relevance, "relevance", x);
+  check(block >= 0 && block <= INT32_MAX, "block: expected 0 (automatic) or more, got " + std::to_string(block));
+  SegmentTensors segments(features, x.token_dims(), "features", k, cu_seqlens);
+  CudaStream stream("dpp_select", features);
+  Tensor out = segments.new_result();
+  if (segments.empty()) return out;
+  const DppCall call{
+      x.rows(segments.packed()),      segments.on(stream), scores.scores(segments.packed()), int(block), sort,
+      out.mutable_data_ptr<int64_t>()};
+  x.with_type([&](auto element) {
+    using T = decltype(element);
+    const Tensor workspace = new_workspace(features, dpp<T>(stream, call, nullptr));
+    dpp<T>(stream, call, static_cast<unsigned char*>(workspace.mutable_data_ptr()));
+  });
+  return out;
+}
+
+}  // namespace flashprune::gpu
+
+STABLE_TORCH_LIBRARY_IMPL(flashprune, CUDA, m) { m.impl("dpp_select", TORCH_BOX(&flashprune::gpu::dpp_cuda)); }
