@@ -101,15 +101,17 @@ class Machine {
   void run() {
     current_ = this;
     const unsigned blocks = launch_.grid.x * launch_.grid.y * launch_.grid.z;
-    std::vector<unsigned> order(blocks);
     for (unsigned b = 0; b < blocks; ++b) {
-      order[b] = b;
-      std::swap(order[b], order[draw(b + 1)]);
+      order_.push_back(b);
+      std::swap(order_[b], order_[draw(b + 1)]);
     }
-    const unsigned together = launch_.cooperative ? blocks : 1 + draw(std::min(launch_.resident, kTogether));
-    for (unsigned first = 0; first < blocks && error_.empty(); first += together) {
-      run_blocks({order.begin() + first, order.begin() + std::min(blocks, first + together)});
-    }
+    const size_t together = launch_.cooperative ? blocks : std::min({blocks, launch_.resident, kTogether});
+    while (fibers_.size() < together * launch_.block.x) fibers_.push_back(std::make_unique<Fiber>(&Machine::body));
+    blocks_ = std::vector<Block>(together);
+    for (Block& block : blocks_) begin(block);
+    self = next();
+    home_.switch_to(*self->fiber);
+    if (ended_ < blocks && error_.empty()) error_ = "no thread can go on: " + standing();
     current_ = nullptr;
     self = nullptr;
     if (error_.empty()) return;
@@ -265,41 +267,45 @@ class Machine {
     Block& block = *self->block;
     if (block.waiting > 0)
       fail("thread ends while " + name(of(block, State::kBarrier)) + " waits at __syncthreads of " + text(block.where));
+    const unsigned lane = self->index.x % 32, first = self->index.x - lane;
+    Warp& warp = block.warps[first / 32];
+    for (uint32_t rest = warp.waiting; rest != 0; rest &= rest - 1) {
+      const Thread& other = block.threads[first + unsigned(__builtin_ctz(rest))];
+      if (other.mask >> lane & 1)
+        fail("thread ends while " + name(other) + " waits for it at a warp collective of " + text(other.where));
+    }
     self->state = State::kDone;
     ++block.ended;
-    block.warps[self->index.x / 32].ended |= 1u << self->index.x % 32;
+    warp.ended |= 1u << lane;
     progress();
+    if (block.ended == launch_.block.x) {
+      ++ended_;
+      if (begun_ < order_.size()) begin(block);
+    }
     pass_on();  // copies that were not waited for never land
   }
 
-  void run_blocks(const std::vector<unsigned>& numbers) {
-    const unsigned threads = launch_.block.x;
-    blocks_ = std::vector<Block>(numbers.size());
-    while (fibers_.size() < numbers.size() * threads) fibers_.push_back(std::make_unique<Fiber>(&Machine::body));
-    ready_.clear();
-    for (size_t b = 0; b < numbers.size(); ++b) {
-      Block& block = blocks_[b];
-      block.number = numbers[b];
-      block.index = {block.number % launch_.grid.x, block.number / launch_.grid.x % launch_.grid.y,
-                     block.number / (launch_.grid.x * launch_.grid.y)};
-      block.memory = std::make_unique<Shared>(launch_.shared_bytes);
-      block.shared = block.memory->data;
-      noise(block.shared, launch_.shared_bytes);
-      block.threads.resize(threads);
-      block.warps.resize(threads / 32);
-      for (unsigned i = 0; i < threads; ++i) {
-        Thread& thread = block.threads[i];
-        thread.block = &block;
-        thread.index = {i, 0, 0};
-        thread.fiber = fibers_[b * threads + i].get();
-        ready_.push_back(&thread);
-      }
+  // The next block of the launch takes the place of one that has ended.
+  void begin(Block& block) {
+    const unsigned number = order_[begun_++], threads = launch_.block.x;
+    const size_t place = size_t(&block - blocks_.data());
+    block.number = number;
+    block.ended = 0;
+    block.index = {number % launch_.grid.x, number / launch_.grid.x % launch_.grid.y,
+                   number / (launch_.grid.x * launch_.grid.y)};
+    block.memory = std::make_unique<Shared>(launch_.shared_bytes);
+    block.shared = block.memory->data;
+    noise(block.shared, launch_.shared_bytes);
+    block.threads.resize(threads);
+    block.warps.assign(threads / 32, Warp{});
+    for (unsigned i = 0; i < threads; ++i) {
+      Thread& thread = block.threads[i];
+      thread = Thread{};
+      thread.block = &block;
+      thread.index = {i, 0, 0};
+      thread.fiber = fibers_[place * threads + i].get();
+      ready_.push_back(&thread);
     }
-    spins_ = 0;
-    self = next();
-    home_.switch_to(*self->fiber);
-    const bool done = std::all_of(blocks_.begin(), blocks_.end(), [&](const Block& b) { return b.ended == threads; });
-    if (!done && error_.empty()) error_ = "no thread can go on: " + standing();
   }
 
   // Of the threads that can run: any of them, or, so that one warp gets ahead of all others, the last to become ready.
@@ -361,7 +367,9 @@ class Machine {
   const std::function<void()> kernel_;
   uint64_t random_;
   const unsigned run_ahead_;
-  std::vector<Block> blocks_;
+  std::vector<unsigned> order_;  // of the blocks
+  size_t begun_ = 0, ended_ = 0;
+  std::vector<Block> blocks_;  // those alive
   std::vector<Thread*> ready_;
   Fiber home_;
   uint64_t spins_ = 0;
