@@ -1,4 +1,4 @@
-"""Every shipped configuration of every Triton kernel, compiled ahead of time for three generations of GPUs.
+"""Every shipped configuration of every Triton kernel, compiled ahead of time for each generation of GPUs it serves.
 
 No GPU is needed: Triton brings its assembler. Run with `-s` to see registers and shared memory of each.
 """
@@ -17,9 +17,14 @@ import pytest
 
 pytest.importorskip("triton")
 
-CHIPS = (80, 90, 100)
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
-MATRIX_INSTRUCTIONS = {80: ("mma.sync",), 90: ("wgmma", "mma.sync"), 100: ("tcgen05", "wgmma", "mma.sync")}  # PTX
+CHIPS = {"datacenter": (80, 90, 100), "consumer": (80, 120)}  # Triton generates the same for 8.6 and 8.9 as for 8.0
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes a program may have
+MATRIX_INSTRUCTIONS = {  # PTX
+    80: ("mma.sync",),
+    90: ("wgmma", "mma.sync"),
+    100: ("tcgen05", "wgmma", "mma.sync"),
+    120: ("mma.sync",),
+}
 PROCESSES = max(2, min(8, os.cpu_count() or 2))
 
 
@@ -47,11 +52,15 @@ def test_every_variant_compiles_and_fits(compiled: list[dict[str, Any]]) -> None
 
 
 def unfit(facts: dict[str, Any]) -> list[str]:
+    from flashprune.triton_kernels import configs
+
     chip, problems = facts["chip"], []
     if facts["spills"]:
         problems.append(f"spills {facts['spills']} bytes a thread to local memory")
-    if facts["shared"] > SHARED_MEMORY[chip]:
-        problems.append(f"needs {facts['shared']} bytes of shared memory, {SHARED_MEMORY[chip]} are there")
+    classes = [configs.SHARED_MEMORY[name] for name in facts["devices"] if chip in CHIPS[name]]
+    limit = min(SHARED_MEMORY[chip], *classes)
+    if facts["shared"] > limit:
+        problems.append(f"needs {facts['shared']} bytes of shared memory, {limit} are there")
     if facts["tensor_cores"] and not facts["matrix"]:
         problems.append("claims tensor cores and does not use them")
     return problems
@@ -62,7 +71,8 @@ def test_every_kernel_file_ships_a_variant(compiled: list[dict[str, Any]]) -> No
 
     modules = {facts["module"] for facts in compiled}
     assert {op.removesuffix("_select") for op in triton_ops.KERNELS} <= modules
-    assert {facts["chip"] for facts in compiled} == set(CHIPS)
+    assert {facts["chip"] for facts in compiled} == set(SHARED_MEMORY)
+    assert {(80, "datacenter"), (120, "consumer")} <= {(f["chip"], name) for f in compiled for name in f["devices"]}
 
 
 def print_table(compiled: list[dict[str, Any]]) -> None:
@@ -74,10 +84,10 @@ def print_table(compiled: list[dict[str, Any]]) -> None:
             rows[facts["module"], facts["name"]][facts["chip"]] = (
                 f"{facts['registers']} / {facts['shared'] / 1024:.1f}{matrix}"
             )
-    print("\n| kernel | " + " | ".join(f"sm_{chip}: registers / shared KiB" for chip in CHIPS) + " |")
-    print("|---" * (len(CHIPS) + 1) + "|")
+    print("\n| kernel | " + " | ".join(f"sm_{chip}: registers / shared KiB" for chip in SHARED_MEMORY) + " |")
+    print("|---" * (len(SHARED_MEMORY) + 1) + "|")
     for (module, name), cells in rows.items():
-        print(f"| {module}: {name} | " + " | ".join(cells.get(chip, "failed") for chip in CHIPS) + " |")
+        print(f"| {module}: {name} | " + " | ".join(cells.get(chip, "") for chip in SHARED_MEMORY) + " |")
 
 
 def compile_share(share: int) -> None:
@@ -92,10 +102,14 @@ def compile_share(share: int) -> None:
         module = importlib.import_module(f"flashprune.triton_kernels.{name}")
         if hasattr(module, "variants"):
             variants += [(name, variant) for variant in module.variants()]
-    work = [(name, variant, chip) for name, variant in variants for chip in CHIPS]
+    work = [
+        (name, variant, chip)
+        for name, variant in variants
+        for chip in sorted({chip for device in variant.devices for chip in CHIPS[device]})
+    ]
     for number, (name, variant, chip) in enumerate(work):
         if number % PROCESSES == share:
-            facts = {"number": number, "module": name, "name": variant.name, "chip": chip}
+            facts = {"number": number, "module": name, "name": variant.name, "chip": chip, "devices": variant.devices}
             print(json.dumps(facts | compile_one(variant, chip)), flush=True)
 
 
@@ -103,8 +117,9 @@ def compile_one(variant: Any, chip: int) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
 
+    multiples = {(variant.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
     source = triton.compiler.ASTSource(
-        fn=variant.kernel, signature=dict(variant.signature), constexprs=dict(variant.constexprs)
+        fn=variant.kernel, signature=dict(variant.signature), constexprs=dict(variant.constexprs), attrs=multiples
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     try:

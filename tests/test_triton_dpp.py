@@ -14,7 +14,6 @@ pytest.importorskip("triton")
 import torch
 from flashprune.triton_kernels import dpp
 from flashprune.triton_kernels.dpp import dpp_select
-from flashprune.triton_kernels.greedy import Config
 from torch import Tensor
 
 import flashprune as fp
@@ -55,7 +54,9 @@ def test_every_block_size_gives_the_same_picks(device: torch.device) -> None:
     features, relevance = hadamard(70, 64).to(device), powers(70).to(device)
     close, weights = (x.to(device) for x in gaussian(70, 64, seed=2))
     expected = defined(features, relevance, 24)
-    for config in (Config(8, 16, 16, 4), Config(32, 32, 16, 4), dpp.LARGE):
+    for classes, candidates in ((8, 16), (32, 32), (512, 32)):
+        block = {"CLASSES": classes, "CANDIDATES": candidates, "COLS": 16, "DEPTH": 16}
+        config = block | {"num_warps": 4, "num_stages": 2}
         assert dpp_select(features, relevance, [24], None, False, config).cpu().equal(expected), config
         picks = dpp_select(close, weights, [20], None, False, config)
         fp.testing.check_selection("dpp", close, weights, picks=picks, k=20).raise_if_bad()

@@ -43,7 +43,9 @@ def test_every_block_size_gives_the_same_picks(device: torch.device) -> None:
     norms = inverse_norms(features)
     for per_round in (1, 3):
         expected = defined(features, importance, 16, per_round=per_round)
-        for config in (greedy.Config(16, 32, 32, 4), greedy.Config(32, 64, 16, 4)):
+        for classes, candidates, cols in ((16, 32, 32), (32, 64, 16)):
+            block = {"CLASSES": classes, "CANDIDATES": candidates, "ROWS": 32, "COLS": cols, "DEPTH": 16}
+            config = block | {"num_warps": 4, "num_stages": 2}
             picks = greedy.blocked_greedy(
                 features,
                 importance,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from flashprune.triton_kernels import configs
 from flashprune.triton_kernels import query_attention as kernels
 
 import flashprune as fp
@@ -102,7 +103,8 @@ def test_ranges_of_keys(device, keys):
 
 
 def test_a_range_a_program_grows_with_the_keys(device, monkeypatch):
-    monkeypatch.setattr(kernels, "max_splits", lambda rows, unit: 2)
+    tile = {"MAX_SPLITS": 2, "BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr(kernels, "config", lambda kind, *size: tile if "query" in kind else configs.config(kind, *size))
     check(*random_qk(device, 1, 321, heads=2, kv_heads=1))
 
 

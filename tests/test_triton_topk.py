@@ -10,13 +10,16 @@ import torch
 
 pytest.importorskip("triton")
 
-from flashprune.triton_kernels.topk import BLOCK, topk_select
+from flashprune.triton_kernels import configs
+from flashprune.triton_kernels.topk import topk_select
 
 import flashprune as fp
 from inputs import dyadic
 
 both_orders = pytest.mark.parametrize("sort", [True, False])
 WILD = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-45, 0.5, 0.5, 3e38, -math.nan])
+
+BLOCK = configs.choose("topk", "fp32", "consumer")["BLOCK"]
 
 
 def wild(n: int, seed: int = 0) -> torch.Tensor:

@@ -14,21 +14,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import EVERY, config
 from .similarity import (
-    DTYPES,
+    ALIGNED,
+    COSINES,
     INTERPRETED,
-    LAUNCH,
-    TILES,
-    cosine_tile,
+    ROWS,
+    cosine_config,
     inverse_norms,
     segment_bounds,
     segment_starts,
     strided_rows,
+    token_cosines,
 )
-from .variants import Variant
+from .variants import Variant, variants_of
 
 PROXIMITIES = ("chebyshev", "gaussian", "linear")
-SPATIAL_DEPTH = {"fp32": 16, "fp16": 32, "bf16": 32}  # of a product step: the spatial term needs registers too
 COSINE_MARGIN = tl.constexpr(1e-4)  # how far rounding may carry a cosine above 1
 
 
@@ -78,7 +79,6 @@ def edge_tile(
     diagonal,
     SPATIAL: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Whether ``alpha * (scale * cosine + offset) + beta * proximity > threshold``; without `SPATIAL` alpha is 1."""
@@ -92,9 +92,9 @@ def edge_tile(
         possible = alpha * (scale * (1.0 + COSINE_MARGIN) + offset) + beta * nearest > threshold
     edges = tl.zeros([tokens_m.shape[0], tokens_n.shape[0]], tl.int32)
     if possible:
-        cosines = cosine_tile(
+        cosines = token_cosines(
             x_ptr, inverse_ptr, tokens_m, tokens_n, mask_m, mask_n, per_item, item_stride, row_stride, D,
-            BLOCK_D, PRECISION, UPCAST,
+            BLOCK_D, UPCAST,
         )  # fmt: skip
         weights = scale * cosines + offset
         if SPATIAL:  # again: kept through the products it would take registers that they need
@@ -163,7 +163,6 @@ def adjacency_kernel(
     SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Edges between candidates of one panel of a segment's order: a row of bits each, towards the earlier ones."""
@@ -183,15 +182,11 @@ def adjacency_kernel(
         edges = edge_tile(
             x_ptr, inverse_ptr, positions_ptr, tokens_m, tokens_n, mask_m, mask_n, per_item, item_stride, row_stride,
             D, scale, offset, alpha, beta, threshold, kind, radius, temporal_radius, falloff, diagonal,
-            SPATIAL, BLOCK_D, PRECISION, UPCAST,
+            SPATIAL, BLOCK_D, UPCAST,
         )  # fmt: skip
         packed = tl.reshape(pack_bits(tl.reshape(edges, [BLOCK_N * BLOCK_N // 32, 32])), [BLOCK_N, BLOCK_N // 32])
         offs_w = column * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
         tl.store(bits_ptr + offs_m.to(tl.int64)[:, None] * words + offs_w[None, :], packed, mask=mask_m[:, None])
-
-
-def graph_tile(dtype: str, spatial: bool) -> dict[str, Any]:
-    return TILES[dtype] | ({"BLOCK_D": SPATIAL_DEPTH[dtype]} if spatial else {})
 
 
 @dataclass(frozen=True)
@@ -203,6 +198,7 @@ class Graph:
     starts: Tensor
     positions: Tensor | None
     settings: tuple[float | int, ...]
+    tile: dict[str, int]
 
     @classmethod
     def build(
@@ -226,11 +222,9 @@ class Graph:
         spatial = positions is not None and alpha < 1.0
         places = positions.reshape(-1, 3).contiguous() if spatial else None
         starts = segment_starts(features, cu_seqlens)
-        return cls(strided_rows(features)[0], inverse_norms(features), starts, places, settings)
-
-    @property
-    def tile(self) -> dict[str, Any]:
-        return graph_tile(DTYPES[self.features.dtype], self.positions is not None)
+        features = strided_rows(features)[0]
+        tile = cosine_config(features, cu_seqlens, spatial)
+        return cls(features, inverse_norms(features), starts, places, settings, tile)
 
     @property
     def tokens(self) -> int:
@@ -240,7 +234,7 @@ class Graph:
         """float32 ``[segments]``; only linear proximity reads their values."""
         out = self.inverse.new_empty(len(self.starts) - 1)
         if self.positions is not None and self.settings[5] == PROXIMITIES.index("linear"):
-            diagonal_kernel[(len(out),)](self.positions, self.starts, out, self.tokens, 1024)
+            diagonal_kernel[(len(out),)](self.positions, self.starts, out, self.tokens, **config("diagonal", out))
         return out
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, diagonals: Tensor, panel: tuple[int, ...]) -> None:
@@ -250,7 +244,7 @@ class Graph:
         kernel[grid](
             self.features, self.inverse, places, diagonals, *args, *panel, self.tokens, per_item, item_stride,
             row_stride, self.features.shape[-1], *self.settings, self.positions is not None, **self.tile,
-            UPCAST=INTERPRETED, **LAUNCH,
+            UPCAST=INTERPRETED,
         )  # fmt: skip
 
 
@@ -268,25 +262,24 @@ def adjacency(graph: Graph, order: Tensor, left: Tensor, bits: Tensor, diagonals
     )  # fmt: skip
 
 
-def graph_variants(name: str, kernel: Any, args: dict[str, str]) -> list[Variant]:
-    """Compiled forms of a kernel that `Graph.launch` runs, ``args`` being its own arguments."""
+def graph_variants(name: str, kernel: Any, types: dict[str, str]) -> list[Variant]:
+    """Compiled forms of a kernel that `Graph.launch` runs, ``types`` being those of its own arguments."""
+    rule = dict.fromkeys(("scale", "offset", "alpha", "beta", "threshold", "falloff"), "fp32")
+    rule |= {"radius": "i64", "temporal_radius": "i64", "diagonal_ptr": "*fp32"}
     found = []
-    pointers = {"inverse_ptr": "*fp32", "positions_ptr": "*i32", "diagonal_ptr": "*fp32"}
-    row = {"T": "i32", "per_item": "i32", "item_stride": "i64", "row_stride": "i64", "D": "i32"}
-    rule = dict.fromkeys(("scale", "offset", "alpha", "beta", "threshold"), "fp32")
-    rule |= {"kind": "i32", "radius": "i64", "temporal_radius": "i64", "falloff": "fp32"}
-    for dtype in TILES:
-        for spatial in (False, True):
-            constants = {"SPATIAL": spatial, **graph_tile(dtype, spatial), "UPCAST": False}
-            signature = {"x_ptr": f"*{dtype}"} | pointers | args | row | rule | dict.fromkeys(constants, "constexpr")
-            where = "-spatial" if spatial else ""
-            found.append(Variant(f"{name}-{dtype}{where}", kernel, signature, constants, **LAUNCH, tensor_cores=True))
+    for kind, exact in (*COSINES, ("cosines spatial", ALIGNED), ("cosines spatial", ())):
+        constants = {"SPATIAL": kind == "cosines spatial", "UPCAST": False}
+        where = "-spatial" if constants["SPATIAL"] else ""
+        found += variants_of(
+            name + where, kernel, kind, ROWS | rule | types, constants, tensor_cores=EVERY, aligned=exact
+        )
     return found
 
 
 def variants() -> list[Variant]:
-    candidates = {"order_ptr": "*i32", "cu_ptr": "*i32", "left_ptr": "*i32", "bits_ptr": "*i32"}
-    found = graph_variants("adjacency", adjacency_kernel, candidates | {"panel": "i32", "words": "i32"})
-    diagonal = {"positions_ptr": "*i32", "cu_ptr": "*i32", "out_ptr": "*fp32", "T": "i32", "BLOCK_N": "constexpr"}
-    found.append(Variant("diagonal", diagonal_kernel, diagonal, {"BLOCK_N": 1024}, num_warps=4, num_stages=2))
-    return found
+    pointers = {"order_ptr": "*i32", "cu_ptr": "*i32", "left_ptr": "*i32", "bits_ptr": "*i32"}
+    diagonal = {"positions_ptr": "*i32", "cu_ptr": "*i32", "out_ptr": "*fp32"}
+    return [
+        *graph_variants("adjacency", adjacency_kernel, pointers),
+        *variants_of("diagonal", diagonal_kernel, "diagonal", diagonal),
+    ]

@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .greedy import DEPTH, SMALL_TOKENS, STAGES, TYPES, Config, budget, cosine_tile, segment, segment_rows
+from . import configs
+from .greedy import TYPES, budget, engine_variants, pair_cosines, segment, segment_rows
 from .host_ints import budget_starts
 from .order import NO_KEY, key_index, key_score, make_key
 from .similarity import inverse_norms, strided_rows
@@ -31,8 +32,6 @@ from .variants import Variant
 
 RANK_TOL = tl.constexpr(1e-5)  # the reference's DPP_RANK_TOL: a token with this share of its L_ii left is spent
 FACTOR_STEP = tl.constexpr(32)  # factor entries a step of an inner product
-
-SMALL, LARGE = Config(256, 32, 16, 8), Config(512, 32, 16, 8)  # a larger tile or block spills registers
 
 
 @triton.jit
@@ -151,7 +150,7 @@ def dpp_kernel(
             cols = tl.load(picks_ptr + offs_t, mask=offs_t < last, other=0)
             col_norms = tl.load(norm_ptr + cols, mask=offs_t < last, other=0.0)
             needed = tl.where(seen < last, norms, 0.0)  # a row that misses none of these picks is not read
-            cosines = cosine_tile(x_ptr, tokens_c, needed, cols, col_norms, row_stride, D, DEPTH, UPCAST)
+            cosines = pair_cosines(x_ptr, tokens_c, needed, cols, col_norms, row_stride, D, DEPTH, UPCAST)
             # transposed, so that the cosines to one pick lie side by side
             tl.store(gram_ptr + tl.arange(0, COLS)[None, :] * CANDIDATES + offs_c[:, None], cosines)
             tl.debug_barrier()
@@ -184,7 +183,7 @@ def dpp_kernel(
                 offs_h = h + tl.arange(0, COLS)
                 cols = tl.load(block_ptr + offs_h)
                 col_norms = tl.load(norm_ptr + cols, mask=offs_h < contenders, other=0.0)
-                cosines = cosine_tile(x_ptr, tokens_c, norms, cols, col_norms, row_stride, D, DEPTH, UPCAST)
+                cosines = pair_cosines(x_ptr, tokens_c, norms, cols, col_norms, row_stride, D, DEPTH, UPCAST)
                 tl.store(gram_ptr + offs_h[None, :] * CANDIDATES + offs_c[:, None], cosines)
             tl.debug_barrier()
         best = tl.max(keys, 0)
@@ -232,11 +231,11 @@ def dpp_select(
     k: list[int],
     cu_seqlens: Tensor | None,
     sort: bool,
-    config: Config | None = None,
+    config: dict[str, int] | None = None,
 ) -> Tensor:
     """int64 picks ``[k]``, ``[B, k]`` or ``[sum of k]`` of ``features [N, D]``, ``[B, N, D]`` or packed ``[T, D]``.
 
-    No host sync. ``config`` is the block size; None takes that for the number of tokens.
+    No host sync. ``config`` are the block sizes; None takes those of the table.
     """
     features, per_item, item_stride, row_stride = strided_rows(features)
     packed, device = cu_seqlens is not None, features.device
@@ -245,9 +244,9 @@ def dpp_select(
     result = torch.empty(shape, dtype=torch.int64, device=device)
     if result.numel() == 0:
         return result
-    config = config or (SMALL if per_item <= SMALL_TOKENS else LARGE)
+    config = config or configs.config("dpp", features, per_item)
     norms = inverse_norms(features)
-    tokens, most, name = norms.numel(), max(k), TYPES[features.dtype]
+    tokens, most = norms.numel(), max(k)
     ragged = packed and len(set(k)) > 1
     relevance = relevance.reshape(-1).float().contiguous()
     picks = torch.empty(result.numel(), dtype=torch.int32, device=device)
@@ -255,39 +254,18 @@ def dpp_select(
     gain = torch.empty(tokens, dtype=torch.float32, device=device)
     seen = torch.empty(tokens, dtype=torch.int32, device=device)
     factor = torch.empty(tokens * most, dtype=torch.float32, device=device)
-    block = torch.empty(items * config.CANDIDATES, dtype=torch.int32, device=device)
-    gram = torch.empty(items * config.CANDIDATES**2, dtype=torch.float32, device=device)
+    block = torch.empty(items * config["CANDIDATES"], dtype=torch.int32, device=device)
+    gram = torch.empty(items * config["CANDIDATES"] ** 2, dtype=torch.float32, device=device)
     offsets = budget_starts(k, device) if ragged else picks
     dpp_kernel[(items,)](
         features, norms, relevance, gain, seen, factor, picks, roots, block, gram, result,
         cu_seqlens.contiguous() if packed else picks, offsets, per_item, tokens, k[0], most, features.shape[-1],
-        item_stride, row_stride, int(packed), int(ragged), CLASSES=config.CLASSES, CANDIDATES=config.CANDIDATES,
-        COLS=config.COLS, DEPTH=DEPTH[name], UPCAST=device.type == "cpu", num_warps=config.num_warps,
-        num_stages=STAGES[name],
+        item_stride, row_stride, int(packed), int(ragged), UPCAST=device.type == "cpu", **config,
     )  # fmt: skip
     # Packed positions of consecutive segments are increasing ranges, so that one sort serves all segments.
     return result.sort(dim=-1).values if sort else result
 
 
 def variants() -> list[Variant]:
-    found = []
-    for size, config in (("small", SMALL), ("large", LARGE)):
-        for dtype, depth in DEPTH.items():
-            constants = {
-                "CLASSES": config.CLASSES, "CANDIDATES": config.CANDIDATES, "COLS": config.COLS, "DEPTH": depth,
-                "UPCAST": False,
-            }  # fmt: skip
-            types = {
-                **dict.fromkeys(("seen_ptr", "picks_ptr", "block_ptr", "cu_ptr", "offsets_ptr"), "*i32"),
-                **dict.fromkeys(
-                    ("norm_ptr", "relevance_ptr", "gain_ptr", "factor_ptr", "roots_ptr", "gram_ptr"), "*fp32"
-                ),
-                "x_ptr": f"*{dtype}", "out_ptr": "*i64", "item_stride": "i64", "row_stride": "i64",
-                **dict.fromkeys(constants, "constexpr"),
-            }  # fmt: skip
-            signature = {argument: types.get(argument, "i32") for argument in dpp_kernel.arg_names}
-            name = f"picks-{size}-{dtype}"
-            found.append(
-                Variant(name, dpp_kernel, signature, constants, config.num_warps, STAGES[dtype], dtype != "fp32")
-            )
-    return found
+    types = TYPES | dict.fromkeys(("relevance_ptr", "gain_ptr", "factor_ptr", "roots_ptr"), "*fp32")
+    return engine_variants("picks", dpp_kernel, "dpp", types)

@@ -15,7 +15,6 @@ float32 (`ieee`), not TF32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,31 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import configs
 from .host_ints import budget_starts
 from .order import NO_KEY, key_index, make_key
-from .similarity import strided_rows
-from .variants import Variant
+from .similarity import ALIGNED, cosine_tile, strided_rows
+from .variants import Variant, variants_of
 
-ROWS = 32  # rows of a cosine tile
 SCAN = 128  # segments looked at a step when a tile looks for its own
 FAR = tl.constexpr(2147483647)  # "picks seen" of an empty place in the block: sorts behind all
-
-
-@dataclass(frozen=True)
-class Config:
-    """CLASSES: residue classes that nominate two tokens each; CANDIDATES: the block; COLS: picks a cosine tile."""
-
-    CLASSES: int
-    CANDIDATES: int
-    COLS: int
-    num_warps: int
-
-
-SMALL, LARGE = Config(256, 64, 32, 8), Config(512, 128, 32, 8)
-SMALL_TOKENS = 1024  # up to this many tokens a segment SMALL runs
-DEPTH = {"fp32": 16, "fp16": 32, "bf16": 32}  # elements of a row a step of a tile
-STAGES = {"fp32": 2, "fp16": 3, "bf16": 3}
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @triton.jit
@@ -95,21 +77,11 @@ def score_keys(weights, nearest, offs, lam, rest):
 
 
 @triton.jit
-def cosine_tile(x_ptr, rows, row_norms, cols, col_norms, row_stride, D, DEPTH: tl.constexpr, UPCAST: tl.constexpr):
-    """[ROWS, COLS] cosines of rows with cols; 0 where an inverse norm is 0, and such rows are not read."""
-    a_ptr = x_ptr + rows.to(tl.int64)[:, None] * row_stride
-    b_ptr = x_ptr + cols.to(tl.int64)[None, :] * row_stride
-    cosines = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
-    for d in range(0, D, DEPTH):
-        offs_d = d + tl.arange(0, DEPTH)
-        # [ROWS, DEPTH], [DEPTH, COLS]
-        a = tl.load(a_ptr + offs_d[None, :], mask=(row_norms > 0)[:, None] & (offs_d < D)[None, :], other=0.0)
-        b = tl.load(b_ptr + offs_d[:, None], mask=(col_norms > 0)[None, :] & (offs_d < D)[:, None], other=0.0)
-        if UPCAST:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        cosines = tl.dot(a, b, cosines, input_precision="ieee")
-    return cosines * row_norms[:, None] * col_norms[None, :]
+def pair_cosines(x_ptr, rows, row_norms, cols, col_norms, row_stride, D, DEPTH: tl.constexpr, UPCAST: tl.constexpr):
+    """`cosine_tile` of tokens of one segment, float32 rows in float32."""
+    rows_ptr = x_ptr + rows.to(tl.int64) * row_stride
+    cols_ptr = x_ptr + cols.to(tl.int64) * row_stride
+    return cosine_tile(rows_ptr, cols_ptr, row_norms, col_norms, D, DEPTH, "ieee", UPCAST)
 
 
 @triton.jit
@@ -158,7 +130,7 @@ def refresh(
         offs_t = t + tl.arange(0, COLS)
         cols = tl.load(picks_ptr + offs_t, mask=offs_t < committed, other=0)
         col_norms = tl.load(norm_ptr + cols, mask=offs_t < committed, other=0.0)
-        cosines = cosine_tile(x_ptr, rows, norms, cols, col_norms, row_stride, D, DEPTH, UPCAST)
+        cosines = pair_cosines(x_ptr, rows, norms, cols, col_norms, row_stride, D, DEPTH, UPCAST)
         missed = (offs_t < committed)[None, :] & (offs_t[None, :] >= seen[:, None])
         nearest = tl.maximum(nearest, tl.max(tl.where(missed, cosines, -float("inf")), 1))
         best = tl.max(tl.where(live, score_keys(weights, nearest, rows, lam, rest), NO_KEY), 0)
@@ -234,7 +206,7 @@ def greedy_kernel(
                 for h in range(0, contenders, COLS):
                     cols = tl.load(block_ptr + h + tl.arange(0, COLS))
                     col_norms = tl.load(norm_ptr + tl.maximum(cols, 0), mask=cols >= 0, other=0.0)
-                    cosines = cosine_tile(
+                    cosines = pair_cosines(
                         x_ptr, tl.maximum(rows, 0), norms, tl.maximum(cols, 0), col_norms, row_stride, D, DEPTH, UPCAST
                     )
                     # transposed, so that the cosines to one pick lie side by side
@@ -344,7 +316,7 @@ def absorb_kernel(
             offs_t = t + tl.arange(0, COLS)
             cols = tl.load(picks_ptr + begin + offs_t, mask=offs_t < seeds, other=-1)
             col_norms = tl.load(norm_ptr + start + cols, mask=cols >= 0, other=0.0)
-            cosines = cosine_tile(x_ptr, rows, norms, cols, col_norms, row_stride, D, DEPTH, UPCAST)
+            cosines = pair_cosines(x_ptr, rows, norms, cols, col_norms, row_stride, D, DEPTH, UPCAST)
             nearest = tl.maximum(nearest, tl.max(tl.where((cols >= 0)[None, :], cosines, -float("inf")), 1))
             taken = tl.max((cols[None, :] == rows[:, None]).to(tl.int32), 1)
             seen = tl.where(taken > 0, -1, seen)
@@ -363,7 +335,7 @@ def blocked_greedy(
     per_round: int,
     mmr: bool,
     sort: bool,
-    config: Config | None = None,
+    config: dict[str, int] | None = None,
 ) -> Tensor:
     """All picks: the first ``per_round`` by ``values``, the rest by the engine. No host sync.
 
@@ -377,7 +349,7 @@ def blocked_greedy(
         per_round: tokens taken from one scoring.
         mmr: scores weigh importance against similarity; otherwise they are 1 - similarity.
         sort: ascending.
-        config: block sizes; None takes those for the number of tokens.
+        config: block sizes; None takes those of the table.
 
     Returns:
         int64 ``[k]``, ``[B, k]`` or ``[sum of k]``.
@@ -391,73 +363,66 @@ def blocked_greedy(
     result = torch.empty(shape, dtype=torch.int64, device=device)
     if result.numel() == 0:
         return result
-    config = config or (SMALL if per_item <= SMALL_TOKENS else LARGE)
+    config = config or configs.config("greedy", features, per_item)
     values = values.reshape(-1).float().contiguous()
     per_round = min(per_round, max(k))
-    name = TYPES[features.dtype]
     picks = torch.empty(result.numel(), dtype=torch.int32, device=device)
     nearest = torch.empty(tokens, dtype=torch.float32, device=device)
     seen = torch.empty(tokens, dtype=torch.int32, device=device)
-    block = torch.empty(items * config.CANDIDATES, dtype=torch.int32, device=device)
-    gram = torch.empty(items * config.CANDIDATES**2, dtype=torch.float32, device=device)
+    block = torch.empty(items * config["CANDIDATES"], dtype=torch.int32, device=device)
+    gram = torch.empty(items * config["CANDIDATES"] ** 2, dtype=torch.float32, device=device)
     offsets = budget_starts(k, device) if ragged else picks
     cu = cu_seqlens.contiguous() if packed else picks
     where = (cu, offsets, per_item, tokens, k[0])
-    tile = {
-        "ROWS": ROWS, "COLS": config.COLS, "DEPTH": DEPTH[name], "UPCAST": device.type == "cpu",
-        "num_warps": config.num_warps, "num_stages": STAGES[name],
-    }  # fmt: skip
+    upcast, rows = device.type == "cpu", config["ROWS"]
+    tile = {key: config[key] for key in ("ROWS", "COLS", "DEPTH", "num_warps", "num_stages")}
     seeds_kernel[(items,)](
         values, picks, result, *where, int(packed), int(ragged), per_round, int(mmr),
-        BLOCK_N=config.CLASSES, num_warps=config.num_warps, num_stages=3,
+        **configs.config("seeds", values, per_item),
     )  # fmt: skip
-    tiles = triton.cdiv(tokens, ROWS) + items if packed else items * triton.cdiv(per_item, ROWS)
+    tiles = triton.cdiv(tokens, rows) + items if packed else items * triton.cdiv(per_item, rows)
     if tiles:
         absorb_kernel[(tiles,)](
             features, norms, nearest, seen, picks, *where, depth, items, item_stride, row_stride, int(packed),
-            int(ragged), per_round, **tile, SCAN=SCAN,
+            int(ragged), per_round, **tile, UPCAST=upcast, SCAN=SCAN,
         )  # fmt: skip
     greedy_kernel[(items,)](
         features, norms, values, nearest, seen, picks, block, gram, result, *where, depth, item_stride, row_stride,
-        int(packed), int(ragged), per_round, lam, 1 - lam if mmr else 1.0, int(mmr), CLASSES=config.CLASSES,
-        CANDIDATES=config.CANDIDATES, **tile,
+        int(packed), int(ragged), per_round, lam, 1 - lam if mmr else 1.0, int(mmr), **config, UPCAST=upcast,
     )  # fmt: skip
     # Packed positions of consecutive segments are increasing ranges, so that one sort serves all segments.
     return result.sort(dim=-1).values if sort else result
 
 
-I32_POINTERS = ("seen_ptr", "picks_ptr", "block_ptr", "cu_ptr", "offsets_ptr")
-F32_POINTERS = ("norm_ptr", "values_ptr", "importance_ptr", "nearest_ptr", "gram_ptr")
-
-
-def _variant(name: str, kernel: Any, dtype: str, constants: dict[str, Any], num_warps: int, num_stages: int) -> Variant:
-    types = {
-        **dict.fromkeys(I32_POINTERS, "*i32"), **dict.fromkeys(F32_POINTERS, "*fp32"), "x_ptr": f"*{dtype}",
-        "out_ptr": "*i64", "item_stride": "i64", "row_stride": "i64", "lam": "fp32", "rest": "fp32",
-        **dict.fromkeys(constants, "constexpr"),
-    }  # fmt: skip
-    signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
-    tensor_cores = "DEPTH" in constants and dtype != "fp32"
-    return Variant(name, kernel, signature, constants, num_warps, num_stages, tensor_cores)
+TYPES = {
+    "x_ptr": "*{dtype}", "out_ptr": "*i64", "item_stride": "i64", "row_stride": "i64", "lam": "fp32", "rest": "fp32",
+    **dict.fromkeys(("seen_ptr", "picks_ptr", "block_ptr", "cu_ptr", "offsets_ptr"), "*i32"),
+    **dict.fromkeys(("norm_ptr", "importance_ptr", "nearest_ptr", "gram_ptr"), "*fp32"),
+}  # fmt: skip
 
 
 def seeds_variants() -> list[Variant]:
-    return [
-        _variant(f"seeds-{size}", seeds_kernel, "fp32", {"BLOCK_N": config.CLASSES}, config.num_warps, 3)
-        for size, config in (("small", SMALL), ("large", LARGE))
-    ]
+    types = {key: type_ for key, type_ in TYPES.items() if key != "x_ptr"} | {"values_ptr": "*fp32"}
+    return variants_of("seeds", seeds_kernel, "seeds", types)
 
 
 def variants() -> list[Variant]:
-    found = []
-    for size, config in (("small", SMALL), ("large", LARGE)):
-        for dtype, depth in DEPTH.items():
-            tile = {"ROWS": ROWS, "COLS": config.COLS, "DEPTH": depth, "UPCAST": False}
-            block = {"CLASSES": config.CLASSES, "CANDIDATES": config.CANDIDATES}
-            for stage, kernel, constants in (
-                ("absorb", absorb_kernel, {**tile, "SCAN": SCAN}),
-                ("picks", greedy_kernel, {**block, **tile}),
-            ):
-                name = f"{stage}-{size}-{dtype}"
-                found.append(_variant(name, kernel, dtype, constants, config.num_warps, STAGES[dtype]))
-    return found
+    return [
+        *engine_variants("absorb", absorb_kernel, "greedy", TYPES, {"SCAN": SCAN}),
+        *engine_variants("picks", greedy_kernel, "greedy", TYPES),
+    ]
+
+
+def engine_variants(
+    name: str, kernel: Any, kind: str, types: dict[str, str], constants: dict[str, int] | None = None
+) -> list[Variant]:
+    """Rows of any stride, which need the most registers, and aligned ones, which need the most shared memory.
+
+    Of the two half types, which compile to the same but for the type of the products, each stands for one of these.
+    """
+    constants = {"UPCAST": False, **(constants or {})}
+    anyhow = variants_of(name, kernel, kind, types, constants, tensor_cores=configs.HALF)
+    aligned = variants_of(name, kernel, kind, types, constants, tensor_cores=configs.HALF, aligned=ALIGNED)
+    return [variant for variant in anyhow if variant.signature["x_ptr"] != "*fp16"] + [
+        variant for variant in aligned if variant.signature["x_ptr"] == "*fp16"
+    ]

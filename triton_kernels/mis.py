@@ -20,12 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .adjacency import Graph, adjacency, edge_tile, graph_variants, pack_bits
+from .configs import config
 from .host_ints import host_ints
 from .similarity import segment_bounds, segment_numbers
-from .variants import Variant
+from .variants import Variant, variants_of
 
-PANEL_WORDS = (64, 128)  # bits of a panel's row, in words of 32: small inputs, large ones
-CHUNK = 1024  # tokens a step of `finish`
 K, PIVOTS, OUT = range(3)  # rows of the table of budgets
 
 
@@ -67,7 +66,6 @@ def strike_kernel(
     SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Strike the candidates of one panel that are neighbours of a pick of an earlier one."""
@@ -91,7 +89,7 @@ def strike_kernel(
         edges = edge_tile(
             x_ptr, inverse_ptr, positions_ptr, tokens_m, tokens_n, mask_m, mask_n, per_item, item_stride, row_stride,
             D, scale, offset, alpha, beta, threshold, kind, radius, temporal_radius, falloff, diagonal,
-            SPATIAL, BLOCK_D, PRECISION, UPCAST,
+            SPATIAL, BLOCK_D, UPCAST,
         )  # fmt: skip
         struck = tl.max(edges, 1)  # [BM]
         offs_w = first_word(start, segment) + first // 32 + tl.arange(0, BLOCK_N // 32)
@@ -244,7 +242,8 @@ def mis_select(
 ) -> Tensor:
     """``flashprune.mis_select`` on checked arguments.
 
-    ``panel_words``, a power of two from 2, is the width of a panel in words of 32 candidates; it changes no pick.
+    ``panel_words``, a power of two, is the width of a panel in words of 32 candidates, no less than a tile of cosines;
+    it changes no pick.
     """
     graph = Graph.build(
         features, positions, cu_seqlens, alpha, threshold, similarity, proximity, radius, sigma, temporal_radius
@@ -259,7 +258,10 @@ def mis_select(
     # values of cu_seqlens are unchecked here: lengths as `segment_bounds` sees them
     left = torch.minimum(budgets[K], graph.starts.clamp(0, tokens).diff().clamp(min=0))
     longest = tokens if cu_seqlens is not None else features.shape[-2]
-    words = panel_words or PANEL_WORDS[longest > 32 * PANEL_WORDS[0]]
+    sweep = config("sweep", features, longest)
+    if panel_words:
+        sweep = sweep | {"WORDS": panel_words}
+    words = sweep["WORDS"]
     bits = torch.empty(tokens, words, dtype=torch.int32, device=device)
     struck, taken = torch.zeros(2, tokens // 32 + segments + 1, dtype=torch.int32, device=device)
     picks = torch.empty(tokens, dtype=torch.int32, device=device)
@@ -274,27 +276,21 @@ def mis_select(
             )  # fmt: skip
         adjacency(graph, order, left, bits, diagonals, panel)
         sweep_kernel[(segments,)](
-            bits, struck, order, graph.starts, budgets, left, picks, taken, panel, int(pivots_suppress), tokens,
-            words, num_warps=4, num_stages=2,
+            bits, struck, order, graph.starts, budgets, left, picks, taken, panel, int(pivots_suppress), tokens, **sweep
         )  # fmt: skip
     chosen = torch.zeros(tokens, dtype=torch.int8, device=device)
     finish_kernel[(segments,)](
-        order, graph.starts, budgets, left, taken, chosen, out, int(cu_seqlens is None), int(sort), tokens, CHUNK,
-        num_warps=4, num_stages=2,
+        order, graph.starts, budgets, left, taken, chosen, out, int(cu_seqlens is None), int(sort), tokens,
+        **config("finish", features),
     )  # fmt: skip
     return out
 
 
 def variants() -> list[Variant]:
-    common = dict.fromkeys(("order_ptr", "cu_ptr", "left_ptr", "budgets_ptr", "picks_ptr"), "*i32")
-    scalars = dict.fromkeys(("panel", "words", "suppress"), "i32")
-    found = graph_variants("strike", strike_kernel, common | {"struck_ptr": "*i32"} | scalars)
     names = ("bits", "struck", "order", "cu", "budgets", "left", "picks", "taken")
-    sweep = {f"{name}_ptr": "*i32" for name in names} | dict.fromkeys(("panel", "suppress", "T"), "i32")
-    for words in PANEL_WORDS:
-        signature = sweep | {"WORDS": "constexpr"}
-        found.append(Variant(f"sweep-{words}", sweep_kernel, signature, {"WORDS": words}, num_warps=4, num_stages=2))
-    finish = {f"{name}_ptr": "*i32" for name in ("order", "cu", "budgets", "left", "taken")}
-    finish |= {"chosen_ptr": "*i8", "out_ptr": "*i64", "local": "i32", "sort": "i32", "T": "i32", "CHUNK": "constexpr"}
-    found.append(Variant("finish", finish_kernel, finish, {"CHUNK": CHUNK}, num_warps=4, num_stages=2))
-    return found
+    types = dict.fromkeys((f"{name}_ptr" for name in names), "*i32")
+    return [
+        *graph_variants("strike", strike_kernel, types),
+        *variants_of("sweep", sweep_kernel, "sweep", types),
+        *variants_of("finish", finish_kernel, "finish", types | {"chosen_ptr": "*i8", "out_ptr": "*i64"}),
+    ]

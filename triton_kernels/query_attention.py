@@ -18,15 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import Variant
+from .configs import FEW_ROWS, config, shipped
+from .variants import Variant, variants_of
 
 LOG2E = 1.4426950408889634
 MAX_HEAD_DIM = 256
-FEW_ROWS = 16  # query rows a key head, up to which one smallest tile holds them all
 MIN_SPLIT = 128  # keys
-MEAN_BLOCK = 256  # scores
 STRIDE_UNIT = 8  # elements; strides that are multiples of it let fp16 rows load 16 bytes at a time
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
 def head_parts(head_dim: int) -> tuple[int, int]:
@@ -55,22 +53,10 @@ def dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def tiles(dtype: torch.dtype, head_dim: int, rows: int, unit: int) -> dict[str, int]:
-    """Block sizes, warps and stages for `rows` query rows a key head: a decode step, or more."""
-    wide = head_dim > 128
+def kind_of(rows: int, unit: int) -> str:
+    """The kind of configuration for `rows` query rows a key head: a decode step's, or more."""
     # Elements loaded one by one need an address each, and registers for them.
-    block_m = 16 if rows <= FEW_ROWS or unit == 1 else 64
-    if dtype == torch.float32:  # three products keep twice the registers
-        if wide:
-            return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2 if unit > 1 else 1}
-        return {"BLOCK_M": min(block_m, 32), "BLOCK_N": 64, "num_warps": 4 if block_m == 16 else 8, "num_stages": 2}
-    warps = 8 if wide and block_m == 64 else 4
-    return {"BLOCK_M": block_m, "BLOCK_N": 64, "num_warps": warps, "num_stages": 2 if wide else 3}
-
-
-def max_splits(rows: int, unit: int) -> int:
-    """Ranges of keys whose partial sums one program merges in a single tile: many rows are programs enough."""
-    return 64 if rows <= FEW_ROWS and unit > 1 else 32
+    return "query unaligned" if unit == 1 else "query few" if rows <= FEW_ROWS else "query many"
 
 
 @triton.jit
@@ -220,21 +206,38 @@ def weights_kernel(
 
 @triton.jit
 def mean_kernel(
-    partial_ptr, prior_ptr, out_ptr, count, kv_heads, divisor, eps, stride_pb, stride_pn,
+    partial_ptr, prior_ptr, out_ptr, count, pool, kv_heads, divisor, eps, stride_pb, stride_pn,
     HAS_PRIOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds the key heads' partial scores in order; divides by the rows and by the prior."""
+    """Adds the tokens of each merge unit and, before that, their key heads, in order; divides by rows and prior."""
     blocks = tl.cdiv(count, BLOCK)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     offs_n = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     mask_n = offs_n < count
-    total = tl.zeros([BLOCK], tl.float32)
-    for head in range(0, kv_heads):
-        total += tl.load(partial_ptr + (batch * kv_heads + head) * count + offs_n, mask=mask_n, other=0.0)
-    score = total / divisor
+    score = tl.zeros([BLOCK], tl.float32)
+    for member in range(0, pool):
+        total = tl.zeros([BLOCK], tl.float32)
+        for head in range(0, kv_heads):
+            row = partial_ptr + (batch * kv_heads + head) * count * pool
+            total += tl.load(row + offs_n * pool + member, mask=mask_n, other=0.0)
+        score += total
+    score = score / divisor
     if HAS_PRIOR:
         score = score / (tl.load(prior_ptr + batch * stride_pb + offs_n * stride_pn, mask=mask_n, other=1.0) + eps)
     tl.store(out_ptr + batch * count + offs_n, score, mask=mask_n)
+
+
+def mean_scores(
+    partial: Tensor, scores: Tensor, pool: int, kv_heads: int, divisor: float, prior: Tensor | None, eps: float
+) -> None:
+    """Fill `scores [.., N]` from `partial`, `[.., kv_heads, N * pool]`."""
+    count, block = scores.shape[-1], config("mean", partial)
+    prior = prior if prior is None else prior.to(torch.float32)
+    strides = (0, 1) if prior is None else (prior.stride(0) if prior.dim() == 2 else 0, prior.stride(-1))
+    mean_kernel[(scores.numel() // count * triton.cdiv(count, block["BLOCK"]),)](
+        partial, partial if prior is None else prior, scores, count, pool, kv_heads, divisor, eps, *strides,
+        HAS_PRIOR=prior is not None, **block,
+    )  # fmt: skip
 
 
 def query_attention(
@@ -266,7 +269,8 @@ def query_attention(
     query, key = dense_rows(query), dense_rows(key)
     unit = aligned(query, key)
     d1, d2 = head_parts(head_dim)
-    tile = tiles(query.dtype, head_dim, rows, unit)
+    tile = dict(config(kind_of(rows, unit), query, head_dim))
+    max_splits = tile.pop("MAX_SPLITS")
     common = {"HEAD_DIM": head_dim, "D1": d1, "D2": d2, "UNIT": unit, "UPCAST": interpreted(query), **tile}
     strides = unit_strides(unit, query, key)
     scale_log2 = scale * LOG2E
@@ -275,7 +279,7 @@ def query_attention(
     partial = torch.empty(items * count, dtype=torch.float32, device=query.device)
     maxima = sums = partial
     if lse is None:
-        splits = min(max_splits(rows, unit), triton.cdiv(keys, MIN_SPLIT))
+        splits = min(max_splits, triton.cdiv(keys, MIN_SPLIT))
         split_keys = triton.cdiv(triton.cdiv(keys, splits), tile["BLOCK_N"]) * tile["BLOCK_N"]
         splits = triton.cdiv(keys, split_keys)
         maxima, sums = torch.empty((2, items * splits * rows), dtype=torch.float32, device=query.device)
@@ -290,14 +294,9 @@ def query_attention(
         query, key, maxima, sums, partial if lse is None else lse, partial if visual is None else visual, partial,
         rows, keys, kv_heads, group, splits, scale_log2, LOG2E, start, step, count,
         1 if visual is None else visual.stride(0), *strides, *lse_strides,
-        HAS_LSE=lse is not None, HAS_INDEX=visual is not None, MAX_SPLITS=max_splits(rows, unit), **common,
+        HAS_LSE=lse is not None, HAS_INDEX=visual is not None, MAX_SPLITS=max_splits, **common,
     )  # fmt: skip
-    prior = prior if prior is None else prior.to(torch.float32)
-    prior_strides = (0, 1) if prior is None else (prior.stride(0) if prior.dim() == 2 else 0, prior.stride(-1))
-    mean_kernel[(items // kv_heads * triton.cdiv(count, MEAN_BLOCK),)](
-        partial, partial if prior is None else prior, scores, count, kv_heads, float(positions * heads), eps,
-        *prior_strides, HAS_PRIOR=prior is not None, BLOCK=MEAN_BLOCK, num_warps=4,
-    )  # fmt: skip
+    mean_scores(partial, scores, 1, kv_heads, float(positions * heads), prior, eps)
     return scores
 
 
@@ -313,44 +312,41 @@ def unit_strides(unit: int, *tensors: Tensor) -> list[int]:
 
 def signature(kernel: triton.JITFunction, pointers: dict[str, str], constexprs: dict[str, object]) -> dict[str, str]:
     """Triton types of a kernel's arguments: named pointers, fp32 for the scalar factors, i32 for counts and strides."""
-    floats = ("scale_log2", "lse_scale", "divisor", "eps")
-    kinds = {**pointers, **dict.fromkeys(constexprs, "constexpr"), **dict.fromkeys(floats, "fp32")}
+    floats = ("scale_log2", "lse_scale")
+    ints = {"cu_ptr": "*i32", "visual_ptr": "*i64"}
+    kinds = {**ints, **pointers, **dict.fromkeys(constexprs, "constexpr"), **dict.fromkeys(floats, "fp32")}
     return {name: kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
 
 
-HEAD_DIMS = {torch.bfloat16: (64, 72, 80, 96, 128, 256), torch.float16: (64, 128), torch.float32: (64, 80, 128, 256)}
-ODD_HEAD_DIMS = (80, 256)  # compiled for strides of any number of elements too
+HEAD_DIMS = {"bf16": (64, 72, 80, 96, 128, 256), "fp16": (64, 128), "fp32": (64, 80, 128, 256)}  # of common models
+UNALIGNED_HEAD_DIMS = (80, 256)
 
 
-def forms() -> list[tuple[torch.dtype, int, int]]:
-    """Data type, head dimension and stride unit of the forms listed: another head dimension only changes masks."""
-    return [
-        (dtype, head_dim, unit)
-        for dtype, dims in HEAD_DIMS.items()
-        for head_dim in dims
-        for unit in (STRIDE_UNIT, 1)
-        if unit > 1 or head_dim in ODD_HEAD_DIMS
-    ]
+def attention_variants(name: str, kernel: triton.JITFunction, kind: str, constants: dict[str, object]) -> list[Variant]:
+    """A kernel's forms with common head dimensions: another head dimension only changes masks."""
+    found = []
+    unit = 1 if kind.endswith("unaligned") else STRIDE_UNIT
+    for head_dim in sorted({d for dims in HEAD_DIMS.values() for d in dims}):
+        for dtype, tile, devices in shipped(kind, head_dim):
+            if head_dim not in HEAD_DIMS[dtype] or (unit == 1 and head_dim not in UNALIGNED_HEAD_DIMS):
+                continue
+            d1, d2 = head_parts(head_dim)
+            every = {**constants, **tile, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "UNIT": unit, "UPCAST": False}
+            shape = {key: value for key, value in every.items() if key in kernel.arg_names}
+            types = signature(kernel, {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}"}, shape)
+            full = f"{name}-{kind}-{dtype}-d{head_dim}"
+            launch = (tile["num_warps"], tile["num_stages"])
+            found.append(Variant(full, kernel, types, shape, *launch, tensor_cores=True, devices=devices))
+    return found
 
 
 def variants() -> list[Variant]:
-    """Every block size with the head dimensions of common models."""
     found = []
-    for dtype, head_dim, unit in forms():
-        for rows in (FEW_ROWS, 64):
-            d1, d2 = head_parts(head_dim)
-            tile = tiles(dtype, head_dim, rows, unit)
-            warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
-            shape = {"HEAD_DIM": head_dim, "D1": d1, "D2": d2, "UNIT": unit, "UPCAST": False, **tile}
-            pointers = {"q_ptr": POINTERS[dtype], "k_ptr": POINTERS[dtype], "visual_ptr": "*i64"}
-            name = f"{POINTERS[dtype][1:]}-d{head_dim}-unit{unit}-rows{rows}"
-            types = signature(stats_kernel, pointers, shape)
-            found.append(Variant(f"query-stats-{name}", stats_kernel, types, shape, warps, stages, True))
-            for source in ("stats", "lse"):
-                # The index costs a load more than a span, so it stands for both.
-                more = {"HAS_LSE": source == "lse", "HAS_INDEX": True, "MAX_SPLITS": max_splits(rows, unit), **shape}
-                types, full = signature(weights_kernel, pointers, more), f"query-weights-{source}-{name}"
-                found.append(Variant(full, weights_kernel, types, more, warps, stages, True))
-    mean = {"HAS_PRIOR": True, "BLOCK": MEAN_BLOCK}
-    found.append(Variant("query-mean", mean_kernel, signature(mean_kernel, {}, mean), mean, 4, 3))
-    return found
+    for kind in ("query few", "query many", "query unaligned"):
+        found += attention_variants("stats", stats_kernel, kind, {})
+        for source in ("stats", "lse"):
+            # The index costs a load more than a span, so it stands for both.
+            constants = {"HAS_LSE": source == "lse", "HAS_INDEX": True}
+            found += attention_variants(f"weights-{source}", weights_kernel, kind, constants)
+    types = {"partial_ptr": "*fp32", "prior_ptr": "*fp32", "out_ptr": "*fp32", "divisor": "fp32", "eps": "fp32"}
+    return found + variants_of("mean", mean_kernel, "mean", types, {"HAS_PRIOR": True})

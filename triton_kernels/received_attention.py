@@ -3,7 +3,7 @@
 Three launches. *Rows*: flash-style, a program takes a block of query rows and keeps their running maximum and sum over
 the segment's keys, which gives `lse` (skipped when the caller has it). *Columns*: a program takes a block of keys of
 one key head, recomputes the scores of all the segment's rows and heads and adds up `exp(score - lse)`, blocks in order.
-*Pool*: adds the key heads in order, sums each `pool` tokens and divides by the prior. Costs, for segments of n tokens:
+*Mean*: adds the key heads in order, sums each `pool` tokens and divides by the prior. Costs, for segments of n tokens:
 2·n²·H·d multiply-adds, the products of one attention forward, and 2·n²·H exponentials, half of both when `lse` is
 given; memory H·T floats for `lse` and Hkv·T partial scores, never n².
 
@@ -19,38 +19,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import query_attention
+from .configs import config
 from .query_attention import (
     LOG2E,
-    POINTERS,
     aligned,
+    attention_variants,
     batched_strides,
     dense_rows,
     finite_max,
-    forms,
     head_parts,
     interpreted,
     load_rows,
+    mean_scores,
     scores_tile,
-    signature,
     unit_strides,
 )
 from .variants import Variant
 
-POOL_BLOCK = 128  # scores
 SEARCH = 256  # segments looked at in one step of the search
-
-
-def tiles(dtype: torch.dtype, head_dim: int, unit: int) -> dict[str, int]:
-    """Block sizes, warps and stages; BLOCK_M rows stay, blocks of BLOCK_N stream past them."""
-    if unit == 1:
-        wide = head_dim > 128
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8 if wide else 4, "num_stages": 1 if wide else 2}
-    if dtype == torch.float32:
-        if head_dim >= 128:
-            return query_attention.tiles(dtype, head_dim, rows=64, unit=unit)
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3 if head_dim <= 128 else 2}
 
 
 @triton.jit
@@ -168,28 +154,6 @@ def columns_kernel(
         tl.store(partial_ptr + item.to(tl.int64) * tokens + offs_m, mean, mask=mask_m)
 
 
-@triton.jit
-def pool_kernel(
-    partial_ptr, prior_ptr, out_ptr, count, pool, kv_heads, eps, stride_pb, stride_pn,
-    HAS_PRIOR: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Adds the tokens of each merge unit and, before that, their key heads, in order; divides by the prior."""
-    blocks = tl.cdiv(count, BLOCK)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    offs_n = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    mask_n = offs_n < count
-    score = tl.zeros([BLOCK], tl.float32)
-    for member in range(0, pool):
-        total = tl.zeros([BLOCK], tl.float32)
-        for head in range(0, kv_heads):
-            row = partial_ptr + (batch * kv_heads + head) * count * pool
-            total += tl.load(row + offs_n * pool + member, mask=mask_n, other=0.0)
-        score += total
-    if HAS_PRIOR:
-        score = score / (tl.load(prior_ptr + batch * stride_pb + offs_n * stride_pn, mask=mask_n, other=1.0) + eps)
-    tl.store(out_ptr + batch * count + offs_n, score, mask=mask_n)
-
-
 def received_attention(
     query: Tensor,
     key: Tensor,
@@ -216,7 +180,7 @@ def received_attention(
     query, key = dense_rows(query), dense_rows(key)
     unit = aligned(query, key)
     d1, d2 = head_parts(head_dim)
-    tile = tiles(query.dtype, head_dim, unit)
+    tile = config("received" if unit > 1 else "received unaligned", query, head_dim)
     packed = cu_seqlens is not None
     segments = cu_seqlens.shape[0] - 1 if packed else 1
     blocks = tokens // tile["BLOCK_M"] + segments if packed else triton.cdiv(tokens, tile["BLOCK_M"])
@@ -241,32 +205,16 @@ def received_attention(
         query, key, spans, lse, partial, tokens, segments, blocks, kv_heads, group, scale_log2, lse_scale,
         *strides, *batched_strides(lse, 3), **common,
     )  # fmt: skip
-    count = tokens // pool
-    prior = prior if prior is None else prior.to(torch.float32)
-    prior_strides = (0, 1) if prior is None else (prior.stride(0) if prior.dim() == 2 else 0, prior.stride(-1))
-    pool_kernel[(items * triton.cdiv(count, POOL_BLOCK),)](
-        partial, partial if prior is None else prior, scores, count, pool, kv_heads, eps, *prior_strides,
-        HAS_PRIOR=prior is not None, BLOCK=POOL_BLOCK, num_warps=4,
-    )  # fmt: skip
+    mean_scores(partial, scores, pool, kv_heads, 1.0, prior, eps)
     return scores
 
 
 def variants() -> list[Variant]:
-    """Every block size with the head dimensions of common encoders."""
-    found = []
-    for dtype, head_dim, unit in forms():
-        d1, d2 = head_parts(head_dim)
-        tile = tiles(dtype, head_dim, unit)
-        warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
-        # The search for the segment is what a packed call has more, so it stands for both.
-        shape = {
-            "PACKED": True, "SEARCH": SEARCH, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "UNIT": unit,
-            "UPCAST": False, **tile,
-        }  # fmt: skip
-        pointers = {"q_ptr": POINTERS[dtype], "k_ptr": POINTERS[dtype], "cu_ptr": "*i32"}
-        for stage, kernel in (("rows", rows_kernel), ("columns", columns_kernel)):
-            name = f"received-{stage}-{POINTERS[dtype][1:]}-d{head_dim}-unit{unit}"
-            found.append(Variant(name, kernel, signature(kernel, pointers, shape), shape, warps, stages, True))
-    mean = {"HAS_PRIOR": True, "BLOCK": POOL_BLOCK}
-    found.append(Variant("received-pool", pool_kernel, signature(pool_kernel, {}, mean), mean, 4, 3))
-    return found
+    # The search for the segment is what a packed call has more, so it stands for both.
+    constants = {"PACKED": True, "SEARCH": SEARCH}
+    return [
+        variant
+        for kind in ("received", "received unaligned")
+        for stage, kernel in (("rows", rows_kernel), ("columns", columns_kernel))
+        for variant in attention_variants(stage, kernel, kind, constants)
+    ]

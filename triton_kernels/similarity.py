@@ -13,20 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import Variant
+from .configs import EVERY, config
+from .variants import Variant, variants_of
 
-NORM_ROWS = 4  # rows a program
-NORM_DEPTH = 1024  # elements of a row a step
 SPLITS = 8  # programs that share the columns of one row of tiles
+ALIGNMENT = 16  # what Triton specializes a kernel for
 INTERPRETED = triton.knobs.runtime.interpret  # whose bfloat16 is silently wrong unless loads are converted
 NO_COSINE = tl.constexpr(-2139095041)  # -inf in the order of `float_order`
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-TILES = {  # tile of cosines and depth of a product step
-    "fp32": {"BLOCK_N": 64, "BLOCK_D": 16, "PRECISION": "tf32x3"},
-    "fp16": {"BLOCK_N": 64, "BLOCK_D": 64, "PRECISION": "ieee"},
-    "bf16": {"BLOCK_N": 64, "BLOCK_D": 64, "PRECISION": "ieee"},
-}
-LAUNCH = {"num_warps": 8, "num_stages": 2}
 
 
 @triton.jit
@@ -37,38 +30,34 @@ def row_offsets(tokens, per_item, item_stride, row_stride):
 
 @triton.jit
 def cosine_tile(
-    x_ptr,
-    inverse_ptr,
-    tokens_m,
-    tokens_n,
-    mask_m,
-    mask_n,
-    per_item,
-    item_stride,
-    row_stride,
-    D,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    a_ptr, b_ptr, norms_a, norms_b, D, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr
 ):
-    """float32 cosines of the tokens of two lists; 0 where a row has no norm."""
-    rows_m = row_offsets(tokens_m, per_item, item_stride, row_stride)
-    rows_n = row_offsets(tokens_n, per_item, item_stride, row_stride)
-    inverse_m = tl.load(inverse_ptr + tokens_m, mask=mask_m, other=0.0)  # [BM]
-    inverse_n = tl.load(inverse_ptr + tokens_n, mask=mask_n, other=0.0)  # [BN]
-    dots = tl.zeros([tokens_m.shape[0], tokens_n.shape[0]], tl.float32)
+    """float32 ``[BM, BN]`` cosines of the rows at two lists of pointers; rows whose inverse norm is 0 are not read."""
+    dots = tl.zeros([norms_a.shape[0], norms_b.shape[0]], tl.float32)
     for start in range(0, D, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
-        a = tl.load(x_ptr + rows_m[:, None] + offs_d[None, :], mask=mask_m[:, None] & mask_d[None, :], other=0.0)
-        b = tl.load(x_ptr + rows_n[None, :] + offs_d[:, None], mask=mask_d[:, None] & mask_n[None, :], other=0.0)
+        # [BM, BD], [BD, BN]
+        a = tl.load(a_ptr[:, None] + offs_d[None, :], mask=(norms_a > 0)[:, None] & mask_d[None, :], other=0.0)
+        b = tl.load(b_ptr[None, :] + offs_d[:, None], mask=(norms_b > 0)[None, :] & mask_d[:, None], other=0.0)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        dots = tl.dot(a, b, dots, input_precision=PRECISION)  # [BM, BD] x [BD, BN]
+        dots = tl.dot(a, b, dots, input_precision=PRECISION)
     # one factor at a time: the product of two inverse norms may overflow
-    cosines = dots * inverse_m[:, None] * inverse_n[None, :]
-    # a row without a norm may hold NaN, which a product with 0 would keep
-    return tl.where((inverse_m > 0)[:, None] & (inverse_n > 0)[None, :], cosines, 0.0)
+    return dots * norms_a[:, None] * norms_b[None, :]
+
+
+@triton.jit
+def token_cosines(
+    x_ptr, inverse_ptr, tokens_m, tokens_n, mask_m, mask_n, per_item, item_stride, row_stride, D,
+    BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """`cosine_tile` of two lists of flat token numbers."""
+    inverse_m = tl.load(inverse_ptr + tokens_m, mask=mask_m, other=0.0)
+    inverse_n = tl.load(inverse_ptr + tokens_n, mask=mask_n, other=0.0)
+    rows_m = x_ptr + row_offsets(tokens_m, per_item, item_stride, row_stride)
+    rows_n = x_ptr + row_offsets(tokens_n, per_item, item_stride, row_stride)
+    return cosine_tile(rows_m, rows_n, inverse_m, inverse_n, D, BLOCK_D, "tf32x3", UPCAST)
 
 
 @triton.jit
@@ -126,7 +115,6 @@ def nearest_other_kernel(
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -137,9 +125,9 @@ def nearest_other_kernel(
     for column in range(tile + tl.program_id(1), tl.cdiv(last, BLOCK_N), SPLITS):
         tokens_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = tokens_n < last
-        cosines = cosine_tile(
+        cosines = token_cosines(
             x_ptr, inverse_ptr, tokens_m, tokens_n, mask_m, mask_n, per_item, item_stride, row_stride, D,
-            BLOCK_D, PRECISION, UPCAST,
+            BLOCK_D, UPCAST,
         )  # fmt: skip
         later = (tokens_m[:, None] < tokens_n[None, :]) & (tokens_n[None, :] < ends[:, None])
         order = tl.where(later, float_order(cosines), NO_COSINE)  # [BM, BN]
@@ -158,7 +146,6 @@ def cosine_matrix_kernel(
     D,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -169,16 +156,18 @@ def cosine_matrix_kernel(
         mask_m = offs_m < per_item
         mask_n = offs_n < per_item
         first = tl.program_id(2) * per_item
-        cosines = cosine_tile(
+        cosines = token_cosines(
             x_ptr, inverse_ptr, first + offs_m, first + offs_n, mask_m, mask_n, per_item, item_stride, row_stride, D,
-            BLOCK_D, PRECISION, UPCAST,
+            BLOCK_D, UPCAST,
         ).to(out_ptr.dtype.element_ty)  # fmt: skip
         out_ptr += first.to(tl.int64) * per_item
-        rows = offs_m.to(tl.int64) * per_item
-        columns = offs_n.to(tl.int64) * per_item
         upper = mask_m[:, None] & mask_n[None, :] & (offs_m[:, None] <= offs_n[None, :])
-        tl.store(out_ptr + rows[:, None] + offs_n[None, :], cosines, mask=upper)
-        tl.store(out_ptr + columns[None, :] + offs_m[:, None], cosines, mask=upper)
+        # inside a tile offsets fit 32 bits
+        offs = tl.arange(0, BLOCK_N)
+        tile_ptr = out_ptr + (row * BLOCK_N).to(tl.int64) * per_item + column * BLOCK_N
+        tl.store(tile_ptr + (offs[:, None] * per_item + offs[None, :]), cosines, mask=upper)
+        tile_ptr = out_ptr + (column * BLOCK_N).to(tl.int64) * per_item + row * BLOCK_N
+        tl.store(tile_ptr + (offs[:, None] * per_item + offs[None, :]), tl.trans(cosines), mask=tl.trans(upper))
 
 
 def strided_rows(features: Tensor) -> tuple[Tensor, int, int, int]:
@@ -189,16 +178,28 @@ def strided_rows(features: Tensor) -> tuple[Tensor, int, int, int]:
     return features, features.shape[-2], item_stride, features.stride(-2)
 
 
+def aligned(features: Tensor) -> bool:
+    """Whether rows, as `strided_rows` gives them, are read 16 bytes at a time."""
+    _, _, item_stride, row_stride = strided_rows(features)
+    return all(x % ALIGNMENT == 0 for x in (features.data_ptr(), features.shape[-1], item_stride, row_stride))
+
+
+def cosine_config(features: Tensor, cu_seqlens: Tensor | None = None, spatial: bool = False) -> dict[str, int]:
+    """The tile of cosines. Packed tokens say nothing of a segment's length, on which alone its numbers may depend."""
+    kind = "cosines spatial" if spatial else "cosines" if aligned(features) else "cosines unaligned"
+    return config(kind, features, 0 if cu_seqlens is not None else features.shape[-2])
+
+
 def inverse_norms(features: Tensor) -> Tensor:
     """float32 ``[tokens]``: 1 / norm of every row of ``[N, D]`` or ``[B, N, D]``; 0 where it is zero or not finite."""
     features, per_item, item_stride, row_stride = strided_rows(features)
     tokens = features.shape[:-1].numel()
     out = torch.empty(tokens, dtype=torch.float32, device=features.device)
     if tokens:
-        inverse_norms_kernel[(triton.cdiv(tokens, NORM_ROWS),)](
-            features, out, tokens, per_item, item_stride, row_stride, features.shape[-1], NORM_ROWS, NORM_DEPTH,
-            num_warps=4, num_stages=2,
-        )  # fmt: skip
+        block = config("norms", features)
+        inverse_norms_kernel[(triton.cdiv(tokens, block["BLOCK_N"]),)](
+            features, out, tokens, per_item, item_stride, row_stride, features.shape[-1], **block
+        )
     return out
 
 
@@ -227,10 +228,10 @@ def nearest_other(features: Tensor, inverse: Tensor, cu_seqlens: Tensor | None =
     starts = segment_starts(features, cu_seqlens)
     if tokens and len(starts) > 1:
         numbers = segment_numbers(starts, tokens).clamp(max=len(starts) - 2)
-        tile = TILES[DTYPES[features.dtype]]
+        tile = cosine_config(features, cu_seqlens)
         nearest_other_kernel[(triton.cdiv(tokens, tile["BLOCK_N"]), SPLITS)](
             features, inverse, starts[1:][numbers], best, tokens, per_item, item_stride, row_stride,
-            features.shape[-1], SPLITS, **tile, UPCAST=INTERPRETED, **LAUNCH,
+            features.shape[-1], SPLITS, **tile, UPCAST=INTERPRETED,
         )  # fmt: skip
     return torch.where(best < 0, best ^ 0x7FFFFFFF, best).view(torch.float32)
 
@@ -240,47 +241,33 @@ def cosine_matrix(features: Tensor, inverse: Tensor, dtype: torch.dtype = torch.
     features, per_item, item_stride, row_stride = strided_rows(features)
     out = features.new_empty((*features.shape[:-1], per_item), dtype=dtype)
     if out.numel():
-        tile = TILES[DTYPES[features.dtype]]
+        tile = cosine_config(features)
         tiles = triton.cdiv(per_item, tile["BLOCK_N"])
         cosine_matrix_kernel[(tiles, tiles, len(inverse) // per_item)](
             features, inverse, out, per_item, item_stride, row_stride, features.shape[-1],
-            **tile, UPCAST=INTERPRETED, **LAUNCH,
+            **tile, UPCAST=INTERPRETED,
         )  # fmt: skip
     return out
 
 
+ROWS = {
+    "x_ptr": "*{dtype}", "inverse_ptr": "*fp32", "positions_ptr": "*i32", "item_stride": "i64", "row_stride": "i64"
+}  # fmt: skip
+ALIGNED = ("x_ptr", "item_stride", "row_stride", "D")
+COSINES = (("cosines", ALIGNED), ("cosines unaligned", ()))
+
+
 def variants() -> list[Variant]:
-    row = {"per_item": "i32", "item_stride": "i64", "row_stride": "i64", "D": "i32"}
-    norms = {"BLOCK_N": NORM_ROWS, "BLOCK_D": NORM_DEPTH}
-    found = []
-    for dtype, tile in TILES.items():
-        norms_signature = {"x_ptr": f"*{dtype}", "out_ptr": "*fp32", "tokens": "i32", **row}
-        found.append(
-            Variant(
-                name=f"inverse_norms-{dtype}",
-                kernel=inverse_norms_kernel,
-                signature=norms_signature | dict.fromkeys(norms, "constexpr"),
-                constexprs=norms,
-                num_warps=4,
-                num_stages=2,
-            )
+    found = variants_of("inverse_norms", inverse_norms_kernel, "norms", ROWS | {"out_ptr": "*fp32"})
+    for kind, exact in COSINES:
+        types = ROWS | {"segment_ends_ptr": "*i32", "out_ptr": "*i32"}
+        constants = {"UPCAST": False, "SPLITS": SPLITS}
+        found += variants_of(
+            "nearest_other", nearest_other_kernel, kind, types, constants, tensor_cores=EVERY, aligned=exact
         )
-        constants = {"SPLITS": SPLITS, **tile, "UPCAST": False}
-        pointers = {"x_ptr": f"*{dtype}", "inverse_ptr": "*fp32", "segment_ends_ptr": "*i32", "out_ptr": "*i32"}
-        found.append(
-            Variant(
-                name=f"nearest_other-{dtype}",
-                kernel=nearest_other_kernel,
-                signature=pointers | {"T": "i32"} | row | dict.fromkeys(constants, "constexpr"),
-                constexprs=constants,
-                **LAUNCH,
-                tensor_cores=True,
-            )
-        )
-        constants = {**tile, "UPCAST": False}
-        for kind in ("fp32", "bf16"):
-            pointers = {"x_ptr": f"*{dtype}", "inverse_ptr": "*fp32", "out_ptr": f"*{kind}"}
-            signature = pointers | row | dict.fromkeys(constants, "constexpr")
-            name = f"cosine_matrix-{dtype}-{kind}"
-            found.append(Variant(name, cosine_matrix_kernel, signature, constants, **LAUNCH, tensor_cores=True))
+        for out in ("fp32", "bf16"):
+            found += variants_of(
+                f"cosine_matrix-{out}", cosine_matrix_kernel, kind, ROWS | {"out_ptr": f"*{out}"}, {"UPCAST": False},
+                tensor_cores=EVERY, aligned=exact,
+            )  # fmt: skip
     return found

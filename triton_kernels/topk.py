@@ -16,13 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import config
 from .host_ints import budget_starts
 from .order import key_index, make_key, ordered_bits
-from .variants import Variant
-
-BLOCK, WARPS = 1024, 4  # tokens a step
-RANK_ROWS, RANK_COLS = 128, 64  # picks a program places, and picks it compares them with at a time
-_TYPES = ("fp32", "fp16", "bf16")
+from .variants import Variant, variants_of
 
 
 @triton.jit
@@ -117,33 +114,24 @@ def topk_select(scores: Tensor, k: Sequence[int], cu_seqlens: Tensor | None, sor
     found = out if sort else torch.empty_like(out)
     topk_kernel[(segments,)](
         scores, cu_seqlens, starts, found, tokens, tokens, most, int(sort), stride_b,
-        scores.stride(-1), PACKED=packed, BLOCK=BLOCK, num_warps=WARPS,
+        scores.stride(-1), PACKED=packed, **config("topk", scores),
     )  # fmt: skip
     if not sort:
-        pick_order_kernel[(segments, triton.cdiv(most, RANK_ROWS))](
-            found, cu_seqlens, starts, out, tokens, tokens, most, PACKED=packed, ROWS=RANK_ROWS, COLS=RANK_COLS,
-            num_warps=4,
-        )  # fmt: skip
+        block = config("pick order", scores)
+        pick_order_kernel[(segments, triton.cdiv(most, block["ROWS"]))](
+            found, cu_seqlens, starts, out, tokens, tokens, most, PACKED=packed, **block
+        )
     return out
 
 
 def variants() -> list[Variant]:
-    sizes = {"N": "i32", "T": "i32", "K": "i32"}
+    common = {"cu_ptr": "*i32", "starts_ptr": "*i32", "out_ptr": "*i64"}
+    scores = common | {"scores_ptr": "*{dtype}", "stride_b": "i64", "stride_n": "i64"}
     found = []
-    for packed in (False, True):
-        segments = {"cu_ptr": "*i32" if packed else "constexpr", "starts_ptr": "*i32" if packed else "constexpr"}
-        nothing = {} if packed else {"cu_ptr": None, "starts_ptr": None}
-        layout = "packed" if packed else "batch"
-        flags = {"PACKED": "constexpr", "ROWS": "constexpr", "COLS": "constexpr"}
-        signature = {"keys_ptr": "*i64", **segments, "out_ptr": "*i64", **sizes, **flags}
-        constants = {**nothing, "PACKED": packed, "ROWS": RANK_ROWS, "COLS": RANK_COLS}
-        found.append(Variant(f"pick_order {layout}", pick_order_kernel, signature, constants, 4, 3))
-        flags = {"PACKED": "constexpr", "BLOCK": "constexpr"}
-        for dtype in _TYPES:
-            signature = {
-                "scores_ptr": f"*{dtype}", **segments, "out_ptr": "*i64", **sizes,
-                "sort": "i32", "stride_b": "i64", "stride_n": "i64", **flags,
-            }  # fmt: skip
-            constants = {**nothing, "PACKED": packed, "BLOCK": BLOCK}
-            found.append(Variant(f"topk {dtype} {layout}", topk_kernel, signature, constants, WARPS, 3))
+    for layout, nothing in (("batch", {"cu_ptr": None, "starts_ptr": None}), ("packed", {})):
+        constants = nothing | {"PACKED": layout == "packed"}
+        found += variants_of(
+            f"pick_order-{layout}", pick_order_kernel, "pick order", common | {"keys_ptr": "*i64"}, constants
+        )
+        found += variants_of(f"topk-{layout}", topk_kernel, "topk", scores, constants)
     return found
