@@ -6,7 +6,11 @@
 // block is the engine's block size: 0 lets it choose, any value gives the same picks.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(flashprune, m) {
+#ifndef FLASHPRUNE_LIBRARY  // another name for the emulated kernels
+#define FLASHPRUNE_LIBRARY flashprune
+#endif
+
+STABLE_TORCH_LIBRARY(FLASHPRUNE_LIBRARY, m) {
   m.def("topk_select(Tensor scores, int[] k, Tensor? cu_seqlens, bool sort) -> Tensor");
   m.def(
       "mmr_select(Tensor features, Tensor importance, int[] k, Tensor? cu_seqlens, float lam, int per_round, bool "

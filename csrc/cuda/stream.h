@@ -2,6 +2,10 @@
 // is checked, and the error names the operator.
 #pragma once
 
+#ifndef __CUDACC__
+#include "emulation/cuda_stream.h"
+#else
+
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
@@ -54,4 +58,8 @@ class CudaStream {
   size_t shared_limit_ = 0;
 };
 
+inline bool on_gpu(const torch::stable::Tensor& tensor) { return tensor.is_cuda(); }
+
 }  // namespace flashprune::gpu
+
+#endif

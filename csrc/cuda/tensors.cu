@@ -22,7 +22,7 @@ std::string shape_text(const Tensor& tensor, int64_t dims) {
 }
 
 Number number_type(const Tensor& tensor, const char* name) {
-  check(tensor.is_cuda(), std::string(name) + ": expected a CUDA tensor");
+  check(on_gpu(tensor), std::string(name) + ": expected a CUDA tensor");
   const ScalarType type = tensor.scalar_type();
   check(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
         std::string(name) + ": expected float32, float16 or bfloat16");
@@ -30,7 +30,7 @@ Number number_type(const Tensor& tensor, const char* name) {
 }
 
 void check_device(const Tensor& tensor, const char* name, const Tensor& like) {
-  check(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(),
+  check(on_gpu(tensor) && tensor.get_device_index() == like.get_device_index(),
         std::string(name) + ": expected a tensor on cuda:" + std::to_string(like.get_device_index()));
 }
 
