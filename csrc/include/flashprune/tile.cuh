@@ -45,9 +45,8 @@ class CosineTile {
     inverse_ = arena.take<float>(2 * kTile);
   }
 
-  // Shared memory that compute() overwrites: 16-byte aligned, kScratchInts ints at least.
-  static constexpr int kScratchInts = 6 * kTile;
-  __device__ int* scratch() const { return reinterpret_cast<int*>(stages_); }
+  // For the caller's ints, three a row and three a column, before compute() and after it; lost in between.
+  __device__ int* scratch() const { return reinterpret_cast<int*>(cosines() + kTile * kPitch); }
 
   // Row `slot` of the tile, or from kTile on its column slot - kTile. Without a row or a norm its cosines are 0.
   __device__ void set(int slot, const T* row, float inverse) const {
@@ -68,7 +67,7 @@ class CosineTile {
   static constexpr int kDepth = kRowBytes / int(sizeof(T));
   static constexpr size_t kStageBytes = size_t(2) * kTile * kRowBytes;
   static constexpr int kPitch = kTile + 1;  // so that columns of cosines are read without conflicts too
-  static_assert(kTile * kPitch * sizeof(float) <= kStages * kStageBytes);
+  static_assert((kTile * kPitch + 6 * kTile) * sizeof(float) <= kStages * kStageBytes);
 
   // A warp has kTile / 2 rows and 32 columns of cosines.
   static constexpr int kRowBlocks = kTile / 32, kColumnBlocks = 4, kColumnWarps = kTile / 32;
@@ -108,7 +107,7 @@ __device__ __forceinline__ void CosineTile<T, kTile>::multiply(int stage, int pa
   const int lane = lane_index();
   const int row = warp_index() / kColumnWarps * (kTile / 2) + lane % 16;
   const int column = (square ? 0 : kTile) + warp_index() % kColumnWarps * 32 + lane % 8 + lane / 16 * 8;
-  constexpr int kUnroll = sizeof(T) == 4 ? 1 : 2;  // more would not fit the registers
+  [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 4 ? 1 : 2;  // more would not fit the registers
 #pragma unroll kUnroll
   for (int pair = 0; pair < pairs; ++pair) {
     uint32_t right[kColumnBlocks][2], right_low[kColumnBlocks][2];
