@@ -9,7 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 import flashprune as fp
+from flashprune import dispatch, operators, triton_ops
 from flashprune.cli import app, cases, validate
+from flashprune.cli.console import InputError
 
 
 @pytest.fixture
@@ -148,6 +150,22 @@ def test_no_gpu() -> None:
     result = run("--device", "cuda")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "flashprune: error: --device cuda: torch finds no GPU\n"
+
+
+def test_cuda_checks_the_operators_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setitem(dispatch._status, "cuda", "ready")
+    monkeypatch.setitem(dispatch._status, "triton", "ready")
+    monkeypatch.setattr(operators, "CUDA_KERNELS", frozenset({"topk_select"}))
+    monkeypatch.setattr(triton_ops, "KERNELS", frozenset({"topk_select", "query_attention"}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert validate._backends(gpu, None, "topk") == ["reference", "triton", "cuda"]
+    assert validate._backends(gpu, "auto", "mis") == ["reference"]
+    assert validate._backends(gpu, "cuda", "query_attention") == ["cuda"]
+    with pytest.raises(InputError, match="--backend cuda: no CUDA kernel for mis_select yet"):
+        validate._backends(gpu, "cuda", "mis")
+    with pytest.raises(InputError, match="--backend cuda: received_attention is a Triton kernel there: no Triton"):
+        validate._backends(gpu, "cuda", "received_attention")
 
 
 @pytest.mark.parametrize("op", cases.OPERATORS)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import flashprune as fp
 from flashprune import native, operators, selectors
+from flashprune.cli import cases, validate
 from inputs import DISTANCES, VARIANTS, Variant, exact, gaussian
 
 LIBRARY = Path(native.__file__).parent / "libflashprune_emulated.so"
@@ -123,6 +124,15 @@ def _reference(method: Any, *inputs: Tensor, k: int) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selectors, "resolve", lambda *_: "reference")
         return method(*inputs, k, backend="reference")
+
+
+@each_dtype
+@pytest.mark.parametrize("op", cases.SELECTORS)
+def test_what_validate_checks(op: str, dtype: torch.dtype) -> None:
+    for case in cases.cases(op, seed=0, quick=True):
+        inputs = tuple(x.to(dtype) for x in case.inputs)
+        _, complaint = validate._check_selector(case, inputs, dict(case.params), "cuda")
+        assert not complaint, f"{case.text}: {complaint}"
 
 
 SCORES, FEATURES = torch.rand(9), torch.rand(9, 4)
