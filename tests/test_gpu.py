@@ -220,6 +220,16 @@ def test_many_scores(n: int, sort: bool, backend: str) -> None:
             assert torch.equal(got.cpu(), fp.reference.topk_select(scores, k, sort=sort))
 
 
+@every_dtype
+def test_minmax_has_the_bits_of_the_tensor_form(dtype: torch.dtype) -> None:
+    scores = torch.randn(3, 5000).to(dtype)
+    scores[1, ::7] = torch.inf
+    assert torch.equal(quietly(fp.minmax, scores.cuda()).cpu(), fp.minmax(scores))
+    bounds = torch.tensor([0, 1000, 1000, 1001, 5000], dtype=torch.int32)
+    got = quietly(fp.minmax, scores[0].cuda(), cu_seqlens=bounds.cuda())
+    assert torch.equal(got.cpu(), fp.minmax(scores[0], cu_seqlens=bounds))
+
+
 def test_positions_keep_every_bit() -> None:
     places = torch.arange(-(2**15), 2**15, device="cuda")[:, None] << 16
     for dtype in DTYPES:

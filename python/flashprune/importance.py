@@ -1,7 +1,7 @@
 """Importance of visual tokens: attention that they receive, with its positional bias divided out, and score scaling.
 
 The attention functions are operators, implemented in `attention.py`; the others are a few tensor operations each, the
-same on every device and backend.
+same on every device and backend, but `minmax`, which is one kernel on a GPU with Triton, with the same bits.
 """
 
 from __future__ import annotations
@@ -183,7 +183,8 @@ def minmax(scores: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
     same device). Equal scores give zeros. Minimum and maximum are those of the finite scores, so that one overflow does
     not erase a whole image; NaN and infinite scores stay what they are.
 
-    Returns the shape of `scores`, float32 (float64 for float64 scores). No host synchronisation.
+    Returns the shape of `scores`, float32 (float64 for float64 scores). No host synchronisation; on a GPU with
+    Triton one launch, unless a gradient is wanted.
 
     Source: IDPruner (arXiv 2602.13315), Algorithm 1.
 
@@ -199,6 +200,8 @@ def minmax(scores: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         raise ValueError(f"scores must be {wanted}, got {checks.shape(scores)}")
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, scores, "scores")
+    if _minmax_kernel_takes(scores):
+        return namespace("triton").minmax(scores, cu_seqlens)
     scores = scores.to(checks.working_dtype(scores))
     if scores.numel() == 0:
         return scores.clone()
@@ -214,6 +217,13 @@ def minmax(scores: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         high = empty.scatter_reduce(0, segment, high, "amax", include_self=False)[segment]
     scaled = (scores - low) / (high - low + 1e-6)
     return torch.where(finite, scaled, scores)
+
+
+def _minmax_kernel_takes(scores: Tensor) -> bool:
+    """Not float64, nor scores whose gradient is wanted: tensor operations have one."""
+    if scores.device.type != "cuda" or scores.dtype == torch.float64:
+        return False
+    return not (scores.requires_grad and torch.is_grad_enabled()) and not dispatch.unable("triton", "minmax")
 
 
 def soft_topk(scores: Tensor, ratio: float) -> Tensor:

@@ -31,6 +31,7 @@ _SCHEMAS = {
     "Tensor? prior, float eps) -> Tensor",
     "received_attention": "(Tensor query, Tensor key, Tensor? cu_seqlens, SymInt? max_seqlen, float scale, "
     "Tensor? lse, SymInt pool, Tensor? prior, float eps) -> Tensor",
+    "minmax": "(Tensor scores, Tensor? cu_seqlens) -> Tensor",
 }
 
 
@@ -80,10 +81,15 @@ def _received_attention(
     return query.new_empty((*query.shape[:-3], query.shape[-3] // pool), dtype=torch.float32)
 
 
+def _minmax(scores: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.float32)
+
+
 _SHAPES: dict[str, Callable[..., Tensor]] = {
     **operators.SHAPES,
     "query_attention": _query_attention,
     "received_attention": _received_attention,
+    "minmax": _minmax,
 }
 
 
