@@ -9,10 +9,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from flashprune import triton_ops
+import flashprune as fp
+from flashprune import dispatch, triton_ops
 from inputs import BY_NAME, exact, gaussian
+from test_dispatch import Recorder
 
-NAMES = ("topk", "mmr", "mis", "mis-banded", "maxmin")
+NAMES = ("topk", "mmr", "mis", "mis-banded", "maxmin", "dpp")
 SELECTORS = [BY_NAME[name] for name in NAMES if f"{BY_NAME[name].method}_select" in triton_ops.KERNELS]
 each_selector = pytest.mark.parametrize("variant", SELECTORS, ids=lambda v: v.name)
 
@@ -44,6 +46,91 @@ def test_one_graph_with_the_picks_of_the_definition(variant: Any, device: torch.
     assert torch.equal(graph().cpu(), variant.define(features, importance, 5, sort=False))
 
 
+def importance_cases(device: torch.device) -> dict[str, tuple[Any, ...]]:
+    """Arguments of the operators that give importance, by a name that begins with theirs."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(24, heads, 16, generator=generator).to(device) for heads in (4, 2))
+    lse = torch.rand(4, 24, generator=generator).to(device) + 3
+    prior, scores = torch.rand(6, generator=generator).to(device), torch.randn(2, 24, generator=generator).to(device)
+    bounds = torch.tensor([0, 8, 8, 24], dtype=torch.int32, device=device)
+    index = torch.tensor([3, 0, 9, 4, 23, 5], device=device)
+    return {
+        "query_attention": (query[:2], key, 0.25, None, None, [1, 7, 1], prior, 1e-7),
+        "query_attention-index": (query[:2], key, 0.25, lse[:, :2], index, [], None, 1e-7),
+        "query_attention-batch": (query[None], key[None], 0.25, None, None, [], None, 1e-7),
+        "received_attention": (query, key, None, None, 0.25, None, 1, None, 1e-7),
+        "received_attention-packed": (query, key, bounds, 16, 0.25, lse, 4, prior, 1e-7),
+        "minmax": (scores, None),
+        "minmax-packed": (scores[0], bounds),
+    }
+
+
+each_importance = pytest.mark.parametrize("name", importance_cases(torch.device("cpu")))
+
+
+@each_importance
+def test_opcheck_of_importance(name: str, device: torch.device) -> None:
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(operator(name.split("-")[0]), importance_cases(device)[name], test_utils=checks)
+
+
+@each_importance
+def test_importance_in_one_graph(name: str, device: torch.device) -> None:
+    op, arguments = operator(name.split("-")[0]), importance_cases(device)[name]
+    torch._dynamo.reset()
+    graph = torch.compile(lambda: op(*arguments) * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(graph(), op(*arguments) * 2)
+
+
+@pytest.fixture
+def interpreted(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the public functions take Triton on this device: without a GPU, interpreted."""
+    if device.type == "cpu":
+        monkeypatch.setattr(dispatch, "unable", lambda backend, op: "")
+        monkeypatch.setattr(dispatch, "_refusal", lambda *_: "")
+
+
+@each_selector
+@pytest.mark.usefixtures("interpreted")
+def test_public_selectors_by_name(variant: Any, device: torch.device) -> None:
+    """Eagerly and as one graph, with the picks of the definition, by the Triton operator alone."""
+    features, importance = exact(variant, 12)
+    moved = features.to(device), importance.to(device)
+    params = {
+        name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in variant.params(features, 5).items()
+    }
+    function = getattr(fp, f"{variant.method}_select")
+
+    def select(*tensors: torch.Tensor) -> torch.Tensor:
+        return function(*variant.tensors(*tensors), 5, **params, sort=False, backend="triton")
+
+    with Recorder() as recorder:
+        picks = select(*moved)
+    assert {name for name in recorder.ran if "flashprune" in name} == {f"flashprune_triton::{variant.method}_select"}
+    assert torch.equal(picks.cpu(), variant.define(features, importance, 5, sort=False))
+    torch._dynamo.reset()
+    graph = torch.compile(lambda *tensors: select(*tensors) + 0, fullgraph=True, backend="aot_eager")
+    assert torch.equal(graph(*moved), picks)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_public_importance_by_name(device: torch.device) -> None:
+    query, key, *_ = importance_cases(device)["query_attention"]
+    tokens, keys, bounds, *_ = importance_cases(device)["received_attention-packed"]
+
+    def score(query: torch.Tensor, key: torch.Tensor, tokens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        asked = fp.query_attention(query, key, visual=slice(1, 7), backend="triton")
+        received = fp.received_attention(tokens, keys, cu_seqlens=bounds, pool=4, backend="triton")
+        return fp.debias(asked, received)
+
+    with Recorder() as recorder:
+        expected = score(query, key, tokens, keys)
+    assert {f"flashprune_triton::{op}" for op in ("query_attention", "received_attention")} <= set(recorder.ran)
+    torch._dynamo.reset()
+    graph = torch.compile(score, fullgraph=True, backend="aot_eager")
+    assert torch.equal(graph(query, key, tokens, keys), expected)
+
+
 def test_every_operator_traces_without_its_kernel() -> None:
     """Shapes come from the registration alone, so a graph is traced on a machine that cannot run it."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -56,3 +143,5 @@ def test_every_operator_traces_without_its_kernel() -> None:
         assert (found.shape, found.dtype) == ((2, 4), torch.float32)
         found = operator("received_attention")(query, key, None, None, 0.25, None, 3, None, 1e-7)
         assert (found.shape, found.dtype) == ((2, 3), torch.float32)
+        found = operator("minmax")(scores.half(), None)
+        assert (found.shape, found.dtype) == ((2, 9), torch.float32)
