@@ -1,5 +1,6 @@
 #include "flashprune/dpp.cuh"
 
+#include "instances.h"
 #include "tensors.h"
 
 namespace flashprune::gpu {

@@ -1,5 +1,6 @@
 #include "flashprune/maxmin.cuh"
 
+#include "instances.h"
 #include "tensors.h"
 
 namespace flashprune::gpu {

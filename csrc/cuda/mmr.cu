@@ -1,5 +1,6 @@
 #include "flashprune/mmr.cuh"
 
+#include "instances.h"
 #include "tensors.h"
 
 namespace flashprune::gpu {

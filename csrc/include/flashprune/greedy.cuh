@@ -281,18 +281,9 @@ template <class T>
 class GreedyLaunch {
  public:
   template <class Stream>
-  GreedyLaunch(Stream& stream, const Rows& rows, const Segments& segments, int threads, Arena& arena)
-      : kernel_(aligned_rows(rows, sizeof(T)) ? greedy_kernel<T, true> : greedy_kernel<T, false>),
-        plan_(stream, kernel_, segments, threads) {
-    problem.rows = rows;
-    problem.segments = segments;
-    plan_.take(arena, problem);
-    problem.nearest = arena.take<float>(all_tokens(segments));
-  }
+  GreedyLaunch(Stream& stream, const Rows& rows, const Segments& segments, int threads, Arena& arena);
   template <class Stream>
-  void run(Stream& stream) const {
-    plan_.launch(stream, kernel_, problem);
-  }
+  void run(Stream& stream) const;
 
   GreedyProblem problem{};
 
@@ -300,5 +291,23 @@ class GreedyLaunch {
   void (*kernel_)(GreedyProblem);
   RoundsPlan plan_;
 };
+
+// Not in the class, where they would be inline and each operator would compile the kernels again.
+template <class T>
+template <class Stream>
+GreedyLaunch<T>::GreedyLaunch(Stream& stream, const Rows& rows, const Segments& segments, int threads, Arena& arena)
+    : kernel_(aligned_rows(rows, sizeof(T)) ? greedy_kernel<T, true> : greedy_kernel<T, false>),
+      plan_(stream, kernel_, segments, threads) {
+  problem.rows = rows;
+  problem.segments = segments;
+  plan_.take(arena, problem);
+  problem.nearest = arena.take<float>(all_tokens(segments));
+}
+
+template <class T>
+template <class Stream>
+void GreedyLaunch<T>::run(Stream& stream) const {
+  plan_.launch(stream, kernel_, problem);
+}
 
 }  // namespace flashprune::gpu

@@ -7,7 +7,7 @@
 
 #include <type_traits>
 
-#include "flashprune/block.cuh"
+#include "flashprune/tile.cuh"
 
 namespace flashprune::gpu {
 
@@ -45,12 +45,6 @@ __device__ __forceinline__ Piece load_piece(const T* row, int k, int d) {
   return piece;
 }
 
-// TF32 numbers are float32 without the low 13 bits: x = high + low, but for the last bits of low.
-__device__ __forceinline__ uint32_t tf32_high(uint32_t x) { return x & 0xffffe000u; }
-__device__ __forceinline__ uint32_t tf32_low(uint32_t x) {
-  return tf32_high(std::bit_cast<uint32_t>(__fsub_rn(std::bit_cast<float>(x), std::bit_cast<float>(tf32_high(x)))));
-}
-
 // d += products of rows g (upper) and g + 8 (lower) with column g, over one piece of each.
 template <class T>
 __device__ __forceinline__ void multiply(float (&d)[4], const Piece& upper, const Piece& lower, const Piece& column) {
@@ -59,10 +53,11 @@ __device__ __forceinline__ void multiply(float (&d)[4], const Piece& upper, cons
     const uint32_t a[4] = {upper.words[s], lower.words[s], upper.words[s + 1], lower.words[s + 1]};
     const uint32_t b[2] = {column.words[s], column.words[s + 1]};
     if constexpr (std::is_same_v<T, float>) {
-      const uint32_t a_high[4] = {tf32_high(a[0]), tf32_high(a[1]), tf32_high(a[2]), tf32_high(a[3])};
-      const uint32_t a_low[4] = {tf32_low(a[0]), tf32_low(a[1]), tf32_low(a[2]), tf32_low(a[3])};
-      const uint32_t b_high[2] = {tf32_high(b[0]), tf32_high(b[1])};
-      const uint32_t b_low[2] = {tf32_low(b[0]), tf32_low(b[1])};
+      uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) split_tf32(a[e], a_high[e], a_low[e]);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) split_tf32(b[e], b_high[e], b_low[e]);
       mma<T>(d, a_low, b_high);
       mma<T>(d, a_high, b_low);
       mma<T>(d, a_high, b_high);
