@@ -165,14 +165,14 @@ class Greedy : public Rounds<T, kVector> {
   // Picks among the round's tokens while the best of them beats everything outside.
   __device__ void resolve() {
     float* const cosines = shared_.sums;
-    if (size_ > 1) {
-      for (int e = int(threadIdx.x); e < size_ * kBlock; e += int(blockDim.x)) {
-        cosines[e] = exchange_.cosines[e / kBlock][e % kBlock];
-      }
+    for (int e = 4 * int(threadIdx.x); size_ > 1 && e < size_ * kBlock; e += 4 * int(blockDim.x)) {
+      copy_async_16(cosines + e, &exchange_.cosines[0][0] + e);
     }
+    copy_async_commit();
     for (int q = int(threadIdx.x); q < size_; q += int(blockDim.x)) {
       shared_.value[q] = from_ordered_bits(*value_of(q));
     }
+    copy_async_wait<0>();
     __syncthreads();
     if (warp_index() == 0) make_picks(cosines);
     __syncthreads();

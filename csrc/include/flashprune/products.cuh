@@ -90,6 +90,7 @@ struct Products {
 
     float sum[kRowTiles][kColTiles][4] = {};
     const int own = lane_index() % 4 * (kLine / 4);
+#pragma unroll 2  // enough loads in flight
     for (int line = warp_index() * kLine; line < d; line += warps * kLine) {
       Piece a[2 * kRowTiles];
 #pragma unroll

@@ -16,19 +16,19 @@ namespace flashprune::gpu {
 inline constexpr int kRoundThreads = 256;
 inline constexpr int kPublished = 256;  // of a team, each round
 inline constexpr int kBlock = 128;      // of those, the round's tokens: four a lane of a warp
-inline constexpr int kTileRows = 32;
-inline constexpr int kTileCols = 64;
+inline constexpr int kTileRows = 32;    // of a tile of cosines: the round's 128 x 128 are 16 of them
+inline constexpr int kTileCols = 32;
 inline constexpr int kMostBlocks = 32;  // of a team: each publishes 8, so that few of the best are held back
 inline constexpr int kPicked = -1;      // in place of the number of picks that a token has absorbed
 
 // What the blocks of a team tell one another. Two of each, used in turn: a slow block may still read the last round's.
-struct Exchange {
+struct alignas(16) Exchange {
   Key keys[2][kPublished];
   Key bounds[2][kMostBlocks];
   uint32_t values[2][kPublished];  // the bits of a token's float
   int32_t seen[2][kPublished];
-  float cosines[kBlock][kBlock];  // [pick, token] of the round
-  int32_t count;                  // of picks, where one block makes them for the team
+  alignas(16) float cosines[kBlock][kBlock];  // [pick, token] of the round
+  int32_t count;                              // of picks, where one block makes them for the team
 };
 
 struct RoundsProblem {
