@@ -92,6 +92,20 @@ def test_packed_segments(device: torch.device) -> None:
     assert ascending.equal(torch.cat([x.sort().values for x in picks.split(ks)]))
 
 
+@pytest.mark.parametrize("per_round", [9, 100])
+def test_many_tokens_a_round(per_round: int, device: torch.device) -> None:
+    """Where the first picks are ranked at once, NaN and ties too; batched, and packed with equal and ragged budgets."""
+    features, importance = signs(2, 50, 16).to(device), dyadic(2, 50).to(device)
+    importance[:, 3:7] = torch.nan
+    picks = mmr_select(features, importance, [33], None, 0.5, per_round, False)
+    assert picks.cpu().equal(defined(features, importance, 33, per_round=per_round))
+    features, importance = features.view(100, 16), importance.view(100)
+    cu_seqlens = torch.tensor([0, 40, 40, 52, 100], dtype=torch.int32)
+    for ks in ([40, 0, 7, 31], [9, 0, 9, 9]):
+        picks = mmr_select(features, importance, ks, cu_seqlens.to(device), 0.5, per_round, False)
+        assert picks.cpu().equal(defined(features, importance, ks, per_round=per_round, cu_seqlens=cu_seqlens))
+
+
 def test_equal_budgets_of_packed_segments(device: torch.device) -> None:
     features, importance = signs(60, 16).to(device), dyadic(60).to(device)
     cu_seqlens = torch.tensor([0, 20, 53, 60], dtype=torch.int32, device=device)

@@ -26,8 +26,10 @@ from . import configs
 from .host_ints import budget_starts
 from .order import NO_KEY, key_index, make_key
 from .similarity import ALIGNED, cosine_tile, strided_rows
+from .topk import topk_select
 from .variants import Variant, variants_of
 
+FEW_SEEDS = 8  # up to which each of the first picks takes a pass over the scores; more are ranked by top-k
 SCAN = 128  # segments looked at a step when a tile looks for its own
 FAR = tl.constexpr(2147483647)  # "picks seen" of an empty place in the block: sorts behind all
 
@@ -277,6 +279,24 @@ def seeds_kernel(
 
 
 @triton.jit
+def ranked_seeds_kernel(
+    ranked_ptr, picks_ptr, out_ptr, cu_ptr, offsets_ptr, firsts_ptr, N, tokens, K, seeds, packed, ragged,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What seeds_kernel does, from the indices of the most important tokens in order, up to `seeds` a segment."""
+    b = tl.program_id(0)
+    start, end = segment(b, cu_ptr, N, tokens, packed)
+    begin, _ = budget(b, offsets_ptr, K, ragged)
+    first, last = budget(b, firsts_ptr, seeds, ragged)
+    n = tl.minimum(last - first, end - start)
+    for t in range(0, n, BLOCK_N):
+        offs = t + tl.arange(0, BLOCK_N)
+        token = tl.load(ranked_ptr + first + offs, mask=offs < n, other=0)
+        tl.store(picks_ptr + begin + offs, (token - start * packed).to(tl.int32), mask=offs < n)
+        tl.store(out_ptr + begin + offs, token, mask=offs < n)
+
+
+@triton.jit
 def absorb_kernel(
     x_ptr, norm_ptr, nearest_ptr, seen_ptr, picks_ptr, cu_ptr, offsets_ptr, N, tokens, K, D, items, item_stride,
     row_stride, packed, ragged, per_round, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
@@ -376,10 +396,16 @@ def blocked_greedy(
     where = (cu, offsets, per_item, tokens, k[0])
     upcast, rows = device.type == "cpu", config["ROWS"]
     tile = {key: config[key] for key in ("ROWS", "COLS", "DEPTH", "num_warps", "num_stages")}
-    seeds_kernel[(items,)](
-        values, picks, result, *where, int(packed), int(ragged), per_round, int(mmr),
-        **configs.config("seeds", values, per_item),
-    )  # fmt: skip
+    seeds = configs.config("seeds", values, per_item)
+    if mmr and per_round > FEW_SEEDS:
+        firsts = [min(count, per_round) for count in k]
+        ranked = topk_select(values if packed else values.view(items, per_item), firsts, cu_seqlens, False)
+        ranked_seeds_kernel[(items,)](
+            ranked, picks, result, cu, offsets, budget_starts(firsts, device) if ragged else picks, per_item, tokens,
+            k[0], firsts[0], int(packed), int(ragged), **seeds,
+        )  # fmt: skip
+    else:
+        seeds_kernel[(items,)](values, picks, result, *where, int(packed), int(ragged), per_round, int(mmr), **seeds)
     tiles = triton.cdiv(tokens, rows) + items if packed else items * triton.cdiv(per_item, rows)
     if tiles:
         absorb_kernel[(tiles,)](
@@ -403,7 +429,11 @@ TYPES = {
 
 def seeds_variants() -> list[Variant]:
     types = {key: type_ for key, type_ in TYPES.items() if key != "x_ptr"} | {"values_ptr": "*fp32"}
-    return variants_of("seeds", seeds_kernel, "seeds", types)
+    ranked = types | {"ranked_ptr": "*i64", "firsts_ptr": "*i32"}
+    return [
+        *variants_of("seeds", seeds_kernel, "seeds", types),
+        *variants_of("ranked-seeds", ranked_seeds_kernel, "seeds", ranked),
+    ]
 
 
 def variants() -> list[Variant]:
