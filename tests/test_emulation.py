@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tests import sanitized
 from tests.emulated import SEEDS, numbers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,3 +206,28 @@ def test_errors_say_what_and_where(mutants: ModuleType, name: str) -> None:
 def test_launches_that_a_gpu_refuses(mutants: ModuleType, launch: tuple[object, ...], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         mutants.launch(*launch)
+
+
+# ---- mistakes that AddressSanitizer stops: tests/sanitized.py runs all kernels under it
+
+OUT_OF_BOUNDS = {
+    "past_the_end_of_shared_memory": "heap-buffer-overflow",
+    "past_the_end_of_a_workspace": "heap-buffer-overflow",
+    "past_the_end_of_an_array": "stack-buffer-overflow",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sanitized.missing() is not None, reason=str(sanitized.missing()))
+def test_address_sanitizer(tmp_path: Path) -> None:
+    sanitized.build([sanitized.SOURCES / "module.cpp", MUTANTS], tmp_path)
+    begin = f"import numpy, flashprune._emulation as e; x = numpy.ones({TOKENS}, numpy.int32)\n"
+    kernels = "".join(f"e.mutants.right({name!r}, x, 0)\n" for name in REVERSED)
+    error = "try: e.mutants.mutant('barrier_in_a_branch', x, 0)\nexcept RuntimeError: print('stopped')\n"
+    right = sanitized.run(tmp_path, begin + kernels + error + kernels, capture_output=True, text=True)
+    assert (right.returncode, right.stdout, right.stderr) == (0, "stopped\n", "")
+    for name, mistake in OUT_OF_BOUNDS.items():
+        wrong = sanitized.run(tmp_path, begin + f"e.mutants.mutant({name!r}, x, 0)", capture_output=True, text=True)
+        assert wrong.returncode != 0
+        assert mistake in wrong.stderr
+        assert re.search(rf"#0 .* in {name} .*mutants.cpp:\d+", wrong.stderr)
