@@ -75,6 +75,14 @@ def test_the_plan_of_its_own(sort: bool, topk: Topk) -> None:
 
 
 @both_orders
+@pytest.mark.parametrize(("n", "k"), [(2305, 576), (8192, 8192), (30_000, 9000), (65_536, 65_536), (70_000, 3)])
+def test_many_scores(n: int, k: int, sort: bool, topk: Topk) -> None:
+    for scores in (wild(n), dyadic(n)):
+        assert torch.equal(topk(scores, k, sort=sort, threads=0), fp.reference.topk_select(scores, k, sort=sort))
+        assert topk.launches == (1 if sort or k <= 8192 else 3)
+
+
+@both_orders
 @pytest.mark.parametrize("k", [1, 64, 65, 200, 300])
 def test_scores_that_do_not_fit_and_picks_sorted_in_parts(k: int, sort: bool, topk: Topk) -> None:
     for seed, scores in enumerate((wild(300), dyadic(300, levels=3))):
