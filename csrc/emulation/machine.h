@@ -30,7 +30,8 @@ inline std::string text(const Where& where) {
 }
 
 inline bool same(const Where& a, const Where& b) {
-  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
+  if (a.line() != b.line() || a.column() != b.column()) return false;
+  return a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0;
 }
 
 enum class State { kReady, kSpin, kBarrier, kCollective, kDone };

@@ -165,31 +165,30 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], FLASHPRU
   const Fragments mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, d};
   emulation::exchange<int>(kAllLanes, mine, where, [](const Fragments* in, int*, uint32_t) {
     using Row = float __attribute__((vector_size(32)));
-    float left[16][16];
-    Row right[16];
+    constexpr int kPack = 4 / sizeof(T), kDepth = 8 * kPack;  // numbers of a word, columns of a
+    const auto number = [](uint32_t word, int part) {
+      if constexpr (sizeof(T) == 4) {
+        return std::bit_cast<float>(word & 0xffffe000u);
+      } else {
+        return to_float(T{uint16_t(word >> (16 * part))});
+      }
+    };
+    float left[16][kDepth];
+    Row right[kDepth];
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = lane % 4;
-      for (int r = 0; r < 6; ++r) {
-        const uint32_t bits = r < 4 ? in[lane].a[r] : in[lane].b[r - 4];
-        const auto put = [&](int k, float value) {
-          if (r < 4) {
-            left[g + r % 2 * 8][k] = value;
-          } else {
-            right[k][g] = value;
-          }
-        };
-        const int second = r < 4 ? r / 2 : r - 4;  // half of the depth
-        if constexpr (sizeof(T) == 4) {
-          put(t + second * 4, std::bit_cast<float>(bits & 0xffffe000u));
-        } else {
-          put(2 * t + second * 8, to_float(T{uint16_t(bits)}));
-          put(2 * t + second * 8 + 1, to_float(T{uint16_t(bits >> 16)}));
+      for (int part = 0; part < kPack; ++part) {
+        const int k = kPack * t + part;
+        for (int half = 0; half < 2; ++half) {
+          left[g][k + half * kDepth / 2] = number(in[lane].a[2 * half], part);
+          left[g + 8][k + half * kDepth / 2] = number(in[lane].a[2 * half + 1], part);
+          right[k + half * kDepth / 2][g] = number(in[lane].b[half], part);
         }
       }
     }
     for (int row = 0; row < 16; ++row) {
       Row sum{};
-      for (int k = 0; k < (sizeof(T) == 4 ? 8 : 16); ++k) sum += left[row][k] * right[k];
+      for (int k = 0; k < kDepth; ++k) sum += left[row][k] * right[k];
       for (int column = 0; column < 8; ++column)
         in[row % 8 * 4 + column / 2].d[row / 8 * 2 + column % 2] += sum[column];
     }
