@@ -201,6 +201,17 @@ def test_cuda_comes_before_triton(gpu: None, monkeypatch: pytest.MonkeyPatch) ->
     assert dispatch.resolve("auto", "topk_select", GPU, torch.bfloat16) == "triton"
 
 
+def test_choosing_cuda_does_not_break_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "cuda_status", lambda: "ready")
+    monkeypatch.setattr(operators, "CUDA_KERNELS", frozenset({"topk_select"}))
+
+    def choose(x: torch.Tensor) -> tuple[torch.Tensor, str]:
+        return x + 1, dispatch.resolve("auto", "topk_select", GPU, x.dtype)
+
+    torch._dynamo.reset()
+    assert torch.compile(choose, fullgraph=True, backend="eager")(torch.zeros(1))[1] == "cuda"
+
+
 @pytest.mark.parametrize("op", dispatch.WIDE)
 def test_wide_stages_of_cuda_are_triton_kernels(op: str, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_ops, "KERNELS", frozenset({op}))
