@@ -225,19 +225,19 @@ def test_bounds_beyond_the_tokens_stay_inside(emulation: ModuleType) -> None:
 
 
 def test_launches(emulation: ModuleType) -> None:
-    """Norms and ranks, edges, picks; with more than a chunk their merging; two panels strike across."""
-    features, importance = exact(MIS[0], 200)
+    """Norms and ranks, edges, picks; with more than a chunk their merging; with more than a panel all later ones."""
+    features, importance = exact(MIS[0], 300)
     *operands, _ = MIS[0].operands(features, importance, 20)
     assert run(emulation, operands)[1] == 3
     assert run(emulation, operands, chunk=128)[1] == 4
-    assert run(emulation, operands, block=128)[1] == 6
+    assert run(emulation, operands, block=128)[1] == 4
 
 
 def test_memory(emulation: ModuleType) -> None:
     for packed, segments in ((False, 1), (True, 1), (True, 100)):
         for sort in (False, True):
             assert emulation.mis_workspace(65536, segments, packed, sort) <= 64 << 20
-    assert emulation.mis_workspace(1 << 20, 500, True, True) < 128 << 20
+    assert emulation.mis_workspace(1 << 20, 500, True, True) < 320 << 20
 
 
 @pytest.mark.parametrize("k", [20, 130])

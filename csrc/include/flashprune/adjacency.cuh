@@ -95,19 +95,21 @@ class RowLists {
 template <class T, int kTile, bool kFew>
 using EdgeTile = std::conditional_t<kFew, RowLists<T, kTile>, CosineTile<T, kTile>>;
 
-// kStrike: rows are picks, most_rows of them at most, else candidates.
+// What edges are told by.
+struct Graph {
+  Rows rows;
+  const float* inverse;  // [all tokens] inverse norms
+  bool aligned;          // see aligned_rows
+  EdgeRule rule;
+  Pivots pivots;
+};
+
+// One tile of a panel. kStrike: rows are picks, in row_tiles tiles at most, else candidates. By a whole block; the
+// tile's memory is in use until a barrier after it.
 template <class T, int kTile, bool kFew, bool kStrike>
-__global__ void __launch_bounds__(2 * kTile, EdgeTile<T, kTile, kFew>::kBlocks)
-    edges_kernel(Panel panel, Rows rows, const float* inverse, bool aligned, EdgeRule rule, Pivots pivots,
-                 int most_rows) {
-  Arena arena(shared_memory());
-  const EdgeTile<T, kTile, kFew> tile(arena);
-  const int row_tiles = ceil_div(most_rows, kTile);
-  const Unit unit = locate(panel.all, int(blockIdx.x), [&](int n) {
-    const int columns = ceil_div(panel.candidates(n), kTile);
-    return kStrike ? row_tiles * columns : triangle(columns);
-  });
-  if (unit.segment < 0) return;
+__device__ __forceinline__ void edge_tile(const EdgeTile<T, kTile, kFew>& tile, const Panel& panel, const Graph& graph,
+                                          const Unit& unit, int row_tiles) {
+  const EdgeRule& rule = graph.rule;
   const Segment segment(panel.all, unit.segment);
   const int count = panel.count(unit.segment);
   if (count >= segment.k) return;  // nothing is left to pick
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(2 * kTile, EdgeTile<T, kTile, kFew>::kBlocks)
   const int column_count = panel.candidates(segment.n);
   const int32_t* row_list = panel.order + panel.first;
   if constexpr (kStrike) {
-    const int idle = pivots.suppress ? 0 : min(pivots.of(unit.segment), count);
+    const int idle = graph.pivots.suppress ? 0 : min(graph.pivots.of(unit.segment), count);
     row_list = panel.picks + idle;
     row_count = count - idle;
     row0 = unit.index % row_tiles * kTile;
@@ -137,8 +139,8 @@ __global__ void __launch_bounds__(2 * kTile, EdgeTile<T, kTile, kFew>::kBlocks)
     Place place{};
     if (i < (is_row ? row_count : column_count)) {
       const int token = panel.token(is_row ? row_list : panel.order + panel.first, segment, i);
-      row = rows.segment<T>(segment, unit.segment) + token * rows.row_stride;
-      own = inverse[segment.start + token];
+      row = graph.rows.segment<T>(segment, unit.segment) + token * graph.rows.row_stride;
+      own = graph.inverse[segment.start + token];
       if (rule.spatial) place = rule.place(segment.start + token);
     }
     tile.set(slot, row, own);
@@ -173,7 +175,7 @@ __global__ void __launch_bounds__(2 * kTile, EdgeTile<T, kTile, kFew>::kBlocks)
     if (products) {
       const int slot = int(threadIdx.x);
       const Place kept = place(slot);  // the products need its memory
-      tile.compute(rows.d, aligned, !kStrike && row0 == column0);
+      tile.compute(graph.rows.d, graph.aligned, !kStrike && row0 == column0);
       if (rule.spatial) {
         tile.scratch()[3 * slot] = kept.t;
         tile.scratch()[3 * slot + 1] = kept.y;
@@ -194,7 +196,7 @@ __global__ void __launch_bounds__(2 * kTile, EdgeTile<T, kTile, kFew>::kBlocks)
       const Place other = place(row);
       if constexpr (kFew) {
         const bool near = inside(row) && rule.possible(other, own, diagonal);
-        const float cosine = tile.cosine(row, kTile + column, near, rows.d, aligned);
+        const float cosine = tile.cosine(row, kTile + column, near, graph.rows.d, graph.aligned);
         edge = near && rule.edge(cosine, other, own, diagonal);
       } else {
         edge = inside(row) && rule.edge(tile.at(row, column), other, own, diagonal);
@@ -215,39 +217,27 @@ __global__ void __launch_bounds__(2 * kTile, EdgeTile<T, kTile, kFew>::kBlocks)
   }
 }
 
-template <class T, int kTile, bool kFew, bool kStrike, class Stream>
-void launch_edges(Stream& stream, const Panel& panel, const Rows& rows, const float* inverse, const EdgeRule& rule,
-                  const Pivots& pivots) {
-  const Segments& all = panel.all;
-  const int most_rows = min(all.k, panel.first);
-  int blocks = most_triangles(all, kTile, panel.size());
-  if constexpr (kStrike) {
-    // Only segments that reach into the panel have columns.
-    const int longest = min(all.tokens - panel.first, panel.size());
-    const int reaching = all.cu_seqlens ? min(all.count, all.tokens / (panel.first + 1)) : all.count;
-    blocks = reaching * ceil_div(longest, kTile) * ceil_div(most_rows, kTile);
+// The bits of a panel, or with kStrike what earlier picks strike of it. By all blocks of a launch, which share out the
+// tiles.
+template <class T, int kTile, bool kFew, bool kStrike>
+__device__ __forceinline__ void edge_tiles(const Panel& panel, const Graph& graph) {
+  Arena arena(shared_memory());
+  const EdgeTile<T, kTile, kFew> tile(arena);
+  const int row_tiles = kStrike ? ceil_div(min(panel.all.k, panel.first), kTile) : 0;
+  for (int item = int(blockIdx.x);; item += int(gridDim.x)) {
+    const Unit unit = locate(panel.all, item, [&](int n) {
+      const int columns = ceil_div(panel.candidates(n), kTile);
+      return kStrike ? row_tiles * columns : triangle(columns);
+    });
+    if (unit.segment < 0) return;
+    edge_tile<T, kTile, kFew, kStrike>(tile, panel, graph, unit, row_tiles);
+    __syncthreads();
   }
-  if (blocks == 0) return;
-  stream.launch(edges_kernel<T, kTile, kFew, kStrike>,
-                Shape{dim3{unsigned(blocks), 1, 1}, 2 * kTile, EdgeTile<T, kTile, kFew>::shared_bytes()}, panel, rows,
-                inverse, aligned_rows(rows, sizeof(T)), rule, pivots, most_rows);
 }
 
-// The bits of one panel, or with kStrike what earlier picks strike of it. tile: 0 lets it choose; it changes no bit.
-template <class T, bool kStrike, class Stream>
-void edges(Stream& stream, const Panel& panel, const Rows& rows, const float* inverse, const EdgeRule& rule,
-           const Pivots& pivots, int tile) {
-  const int64_t window = rule.window();
-  if (window >= 0 && window <= kFewPlaces) {
-    launch_edges<T, kSmallTile, true, kStrike>(stream, panel, rows, inverse, rule, pivots);
-    return;
-  }
-  if (tile == 0) tile = choose_tile(stream, panel.all, panel.size());
-  if (tile == kLargeTile) {
-    launch_edges<T, kLargeTile, false, kStrike>(stream, panel, rows, inverse, rule, pivots);
-  } else {
-    launch_edges<T, kSmallTile, false, kStrike>(stream, panel, rows, inverse, rule, pivots);
-  }
+template <class T, int kTile, bool kFew>
+__global__ void __launch_bounds__(2 * kTile, EdgeTile<T, kTile, kFew>::kBlocks) edges_kernel(Panel panel, Graph graph) {
+  edge_tiles<T, kTile, kFew, false>(panel, graph);
 }
 
 }  // namespace flashprune::gpu

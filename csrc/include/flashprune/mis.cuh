@@ -1,18 +1,21 @@
-// Greedy maximal independent set in order of importance. Launches: norms and ranks together; from more tokens than a
-// chunk, one to merge the ranks; then a panel of candidates takes `edges` and `sweep`, and from the second panel on
-// `strike` before them. Three launches for a single panel. N·K·D + N·P·D / 2 multiply-adds for N candidates, K picks
-// and panels of P. Memory: a panel's P² / 8 bytes of bits a segment, and some 20 bytes a token.
+// Greedy maximal independent set in order of importance, in panels of candidates. Launches: norms and ranks together;
+// from more tokens than a chunk, one to merge the ranks; the first panel's edges; its sweep. Where a segment may have
+// more panels, one cooperative launch goes through them, two barriers of the grid a panel, and ends once no segment has
+// anything left to pick or to pick from. N·K·D + N·P·D / 2 multiply-adds for N candidates, K picks and panels of P.
+// Memory: a panel's P² / 8 bytes of bits a segment, and some 20 bytes a token.
 #pragma once
 
 #include "flashprune/adjacency.cuh"
 #include "flashprune/rank.cuh"
 #include "flashprune/sweep.cuh"
+#include "flashprune/team.cuh"
 
 namespace flashprune::gpu {
 
 inline constexpr int kPrepareThreads = 512;
 inline constexpr int kLeastPanel = 128, kMostPanel = 4096;  // candidates; powers of two
-inline constexpr size_t kMostBits = size_t(64) << 20;       // bytes, beyond which panels become smaller
+inline constexpr size_t kMostBits = size_t(64) << 20;       // bytes, beyond which panels are half as large
+inline constexpr int kEdgeWaves = 8;                        // blocks of edges for each multiprocessor, at most
 
 // Sizes of the work, which change no pick.
 struct MisSizes {
@@ -43,8 +46,7 @@ inline int panel_size(const Segments& all, int wanted) {
   const int candidates = wanted > 0 ? wanted : all.tokens;
   int panel = kLeastPanel;
   while (panel < kMostPanel && panel < candidates) panel *= 2;
-  while (panel > kLeastPanel && panel_rows(all, panel) * size_t(panel) / 8 > kMostBits) panel /= 2;
-  return panel;
+  return panel == kMostPanel && panel_rows(all, panel) * size_t(panel) / 8 > kMostBits ? panel / 2 : panel;
 }
 
 // The workspace, dealt out; without a base only its size.
@@ -53,7 +55,8 @@ struct MisMemory {
   int32_t *order, *picks, *counts;
   Key* keys = nullptr;
   double* diagonals = nullptr;
-  uint32_t *bits, *struck = nullptr, *taken, *chosen = nullptr;
+  uint32_t *bits, *taken, *chosen = nullptr;
+  uint32_t* struck = nullptr;  // and the counter of a barrier after it, where there may be several panels
   size_t bytes;
 
   // A token's bit each, of one item, that the last sweep keeps in shared memory.
@@ -78,7 +81,7 @@ struct MisMemory {
     if (call.rule.linear()) diagonals = arena.take<double>(segments);
     bits = arena.take<uint32_t>(panel_rows(call.all, panel) * size_t(panel / 32));
     taken = arena.take<uint32_t>(words);
-    if (call.all.tokens > panel) struck = arena.take<uint32_t>(words);
+    if (call.all.tokens > panel) struck = arena.take<uint32_t>(words + 1);
     if (call.sort && shared_chosen_words(call, panel) == 0) chosen = arena.take<uint32_t>(words);
     bytes = arena.used();
   }
@@ -103,18 +106,58 @@ __global__ void __launch_bounds__(kPrepareThreads)
   rank_chunk(all, importance, unit, chunk, sorted, keys, order);
 }
 
+// All panels but the first. What they add to `panel` is their first candidate.
+template <class T, int kTile, bool kFew>
+__global__ void __launch_bounds__(2 * kTile, EdgeTile<T, kTile, kFew>::kBlocks)
+    later_panels_kernel(Panel panel, Graph graph, Sweep call, uint32_t* barrier) {
+  Team grid(barrier, int(gridDim.x));
+  for (;;) {
+    panel.first += panel.size();
+    bool open = false;
+    for (int s = int(threadIdx.x); s < panel.all.count; s += int(blockDim.x)) {
+      const Segment segment(panel.all, s);
+      open |= segment.n > panel.first && panel.counts[s] < segment.k;
+    }
+    if (!__syncthreads_or(open)) return;  // all blocks see the same
+    edge_tiles<T, kTile, kFew, true>(panel, graph);
+    edge_tiles<T, kTile, kFew, false>(panel, graph);
+    grid.sync();
+    for (int s = int(blockIdx.x); s < panel.all.count; s += int(gridDim.x)) {
+      sweep_segment(panel, call, s);
+      __syncthreads();
+    }
+    grid.sync();
+  }
+}
+
 inline size_t mis_workspace(const MisCall& call) {
   return MisMemory(call, panel_size(call.all, call.sizes.panel), nullptr).bytes;
 }
 
-// out: [total_k]. workspace: mis_workspace bytes, 16-byte aligned.
+template <class T, int kTile, bool kFew, class Stream>
+void sweep_panels(Stream& stream, const Panel& panel, const Graph& graph, const Sweep& call, size_t sweep_bytes) {
+  const Segments& all = panel.all;
+  const size_t tile_bytes = EdgeTile<T, kTile, kFew>::shared_bytes();
+  const int blocks = min(most_triangles(all, kTile, panel.size()), kEdgeWaves * stream.multiprocessors());
+  stream.launch(edges_kernel<T, kTile, kFew>, Shape{dim3{unsigned(blocks), 1, 1}, 2 * kTile, tile_bytes}, panel, graph);
+  stream.launch(sweep_kernel<kSweepThreads>, Shape{dim3{unsigned(all.count), 1, 1}, kSweepThreads, sweep_bytes}, panel,
+                call);
+  if (all.tokens <= panel.size()) return;
+  const auto later = later_panels_kernel<T, kTile, kFew>;
+  Shape shape{dim3{1, 1, 1}, 2 * kTile, tile_bytes > sweep_bytes ? tile_bytes : sweep_bytes, true};
+  shape.grid.x = unsigned(stream.resident_blocks(later, shape.threads, shape.shared_bytes));
+  stream.launch(later, shape, panel, graph, call, panel.struck + bit_words(all));
+}
+
+// workspace: mis_workspace bytes, 16-byte aligned.
 template <class T, class Stream>
 void mis_select(Stream& stream, MisCall call, void* workspace) {
   const Segments& all = call.all;
   if (all.total_k == 0 || all_tokens(all) == 0) return;
-  const int panel = panel_size(all, call.sizes.panel), chunk = call.sizes.chunk;
-  const MisMemory memory(call, panel, workspace);
+  const int size = panel_size(all, call.sizes.panel), chunk = call.sizes.chunk;
+  const MisMemory memory(call, size, workspace);
   call.rule.diagonals = memory.diagonals;
+  const bool aligned = aligned_rows(call.rows, sizeof(T));
 
   const int rank_blocks = most_chunks(all, chunk), warps = call.sizes.prepare_threads / 32;
   const int64_t tokens = int64_t(all_tokens(all));
@@ -124,23 +167,23 @@ void mis_select(Stream& stream, MisCall call, void* workspace) {
   stream.launch(prepare_kernel<T>,
                 Shape{dim3{unsigned(rank_blocks + (tokens + warps - 1) / warps), 1, 1}, call.sizes.prepare_threads,
                       shared.used()},
-                all, call.rows, call.importance, aligned_rows(call.rows, sizeof(T)), call.rule, chunk, rank_blocks,
-                tokens, memory.inverse, memory.keys, memory.order);
+                all, call.rows, call.importance, aligned, call.rule, chunk, rank_blocks, tokens, memory.inverse,
+                memory.keys, memory.order);
   merge_ranks(stream, all, chunk, memory.keys, memory.order);
-  if (memory.struck) stream.zero(memory.struck, bit_words(all) * sizeof(uint32_t));
+  if (memory.struck) stream.zero(memory.struck, (bit_words(all) + 1) * sizeof(uint32_t));
 
-  for (int first = 0; first < all.tokens; first += panel) {
-    const bool last = all.tokens - first <= panel;
-    const Panel own{all, first, panel / 32, memory.bits, memory.order, memory.counts, memory.picks, memory.struck};
-    if (first > 0) {
-      edges<T, true>(stream, own, call.rows, memory.inverse, call.rule, call.pivots, call.sizes.tile);
-    }
-    edges<T, false>(stream, own, call.rows, memory.inverse, call.rule, call.pivots, call.sizes.tile);
-    const int chosen_words = last ? MisMemory::shared_chosen_words(call, panel) : 0;
-    stream.launch(
-        sweep_kernel,
-        Shape{dim3{unsigned(all.count), 1, 1}, kSweepThreads, MisMemory::sweep_bytes(panel, chosen_words)},
-        Sweep{own, call.pivots, last, call.sort, memory.counts, memory.picks, memory.taken, memory.chosen, call.out});
+  const Panel panel{all, 0, size / 32, memory.bits, memory.order, memory.counts, memory.picks, memory.struck};
+  const Graph graph{call.rows, memory.inverse, aligned, call.rule, call.pivots};
+  const Sweep sweep{call.pivots, call.sort, memory.counts, memory.picks, memory.taken, memory.chosen, call.out};
+  const size_t sweep_bytes = MisMemory::sweep_bytes(size, MisMemory::shared_chosen_words(call, size));
+  const int64_t window = call.rule.window();
+  const int tile = call.sizes.tile > 0 ? call.sizes.tile : choose_tile(stream, all, size);
+  if (window >= 0 && window <= kFewPlaces) {
+    sweep_panels<T, kSmallTile, true>(stream, panel, graph, sweep, sweep_bytes);
+  } else if (tile == kLargeTile) {
+    sweep_panels<T, kLargeTile, false>(stream, panel, graph, sweep, sweep_bytes);
+  } else {
+    sweep_panels<T, kSmallTile, false>(stream, panel, graph, sweep, sweep_bytes);
   }
 }
 

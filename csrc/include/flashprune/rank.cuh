@@ -10,8 +10,6 @@ namespace flashprune::gpu {
 inline constexpr int kRankChunk = 4096;
 inline constexpr int kMergeThreads = 256;
 
-inline size_t rank_shared_bytes(int chunk) { return size_t(chunk) * sizeof(Key); }
-
 // Sorts one chunk, a power of two from 64: into order if it is all of its segment, else into keys. By a whole block.
 // keys, order: [all tokens]; order counts from the segment's first token.
 __device__ __forceinline__ void rank_chunk(const Segments& all, const Scores& scores, const Unit& unit, int chunk,
@@ -48,13 +46,13 @@ __device__ __forceinline__ int count_greater(const Key* keys, int count, Key key
   return low;
 }
 
-__global__ void __launch_bounds__(kMergeThreads)
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads)
     merge_ranks_kernel(Segments all, int chunk, const Key* keys, int32_t* order) {
-  const int size = int(blockDim.x);
-  const Unit unit = locate(all, int(blockIdx.x), [&](int n) { return n > chunk ? (n + size - 1) / size : 0; });
+  const Unit unit = locate(all, int(blockIdx.x), [&](int n) { return n > chunk ? ceil_div(n, kThreads) : 0; });
   if (unit.segment < 0) return;
   const Segment segment(all, unit.segment);
-  const int i = unit.index * size + int(threadIdx.x);
+  const int i = unit.index * kThreads + int(threadIdx.x);
   if (i >= segment.n) return;
   const Key* const own = keys + segment.start;
   const Key key = own[i];
@@ -70,7 +68,7 @@ template <class Stream>
 void merge_ranks(Stream& stream, const Segments& all, int chunk, const Key* keys, int32_t* order) {
   if (all.tokens <= chunk) return;
   const unsigned blocks = unsigned(most_chunks(all, kMergeThreads));
-  stream.launch(merge_ranks_kernel, Shape{dim3{blocks, 1, 1}, kMergeThreads}, all, chunk, keys, order);
+  stream.launch(merge_ranks_kernel<kMergeThreads>, Shape{dim3{blocks, 1, 1}, kMergeThreads}, all, chunk, keys, order);
 }
 
 }  // namespace flashprune::gpu

@@ -77,9 +77,8 @@ __device__ int for_each_bit(int words, int enough, int* memory, int* scratch, co
 }
 
 struct Sweep {
-  Panel panel;
   Pivots pivots;
-  bool last, sort;
+  bool sort;
   int32_t* counts;   // [segments]
   int32_t* picks;    // [all tokens]
   uint32_t* taken;   // [bit_words] candidates that were picked
@@ -120,9 +119,8 @@ struct SweepRows {
 };
 
 // Settles the candidates of a panel; taken and count are the result. By a whole block.
-__device__ __forceinline__ void sweep_panel(const Sweep& call, const Segment& segment, int s,
+__device__ __forceinline__ void sweep_panel(const Panel& panel, const Sweep& call, const Segment& segment, int s,
                                             const SweepMemory& memory) {
-  const Panel& panel = call.panel;
   const int candidates = panel.candidates(segment.n), blocks = ceil_div(candidates, kSweepRows);
   const int used = ceil_div(candidates, 32);  // words
   const uint32_t* const bits = panel.rows(segment, s);
@@ -204,12 +202,11 @@ __device__ __forceinline__ void sweep_panel(const Sweep& call, const Segment& se
   __syncthreads();
 }
 
-__global__ void __launch_bounds__(kSweepThreads) sweep_kernel(Sweep call) {
-  const Panel& panel = call.panel;
-  const int s = int(blockIdx.x);
+// One panel of a segment, and all that is left to do once it needs no further one. By a whole block.
+__device__ __forceinline__ void sweep_segment(const Panel& panel, const Sweep& call, int s) {
   const Segment segment(panel.all, s);
   const int candidates = panel.candidates(segment.n), before = panel.count(s);
-  if (candidates == 0 && !call.last) return;
+  if (panel.first > 0 && (candidates == 0 || before >= segment.k)) return;  // an earlier panel was its last
   Arena arena(shared_memory());
   const SweepMemory memory(arena, panel.words, 0);
   const size_t word0 = first_word(segment.start, s);
@@ -220,7 +217,7 @@ __global__ void __launch_bounds__(kSweepThreads) sweep_kernel(Sweep call) {
   }
   if (threadIdx.x == 0) *memory.count = before;
   __syncthreads();
-  if (candidates > 0 && before < segment.k) sweep_panel(call, segment, s, memory);
+  if (candidates > 0 && before < segment.k) sweep_panel(panel, call, segment, s, memory);
   const int count = *memory.count;
 
   for (int w = int(threadIdx.x); w < used; w += int(blockDim.x)) {
@@ -234,7 +231,7 @@ __global__ void __launch_bounds__(kSweepThreads) sweep_kernel(Sweep call) {
         if (!call.sort) call.out[segment.first + before + place] = token + segment.base;
       });
   if (threadIdx.x == 0) call.counts[s] = count;
-  if (!call.last) return;
+  if (count < segment.k && panel.first + candidates < segment.n) return;
 
   // What is missing comes by importance from all that was not picked.
   const int words = ceil_div(segment.n, 32), missing = segment.k - count;
@@ -275,6 +272,11 @@ __global__ void __launch_bounds__(kSweepThreads) sweep_kernel(Sweep call) {
   }
   // Only if cu_seqlens is wrong are there places left.
   for (int i = written + int(threadIdx.x); i < segment.room; i += int(blockDim.x)) call.out[segment.first + i] = 0;
+}
+
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) sweep_kernel(Panel panel, Sweep call) {
+  sweep_segment(panel, call, int(blockIdx.x));
 }
 
 }  // namespace flashprune::gpu
