@@ -60,8 +60,8 @@ def readable(mangled: str) -> str:
     name = demangle(mangled.encode(), None, None, ctypes.byref(ctypes.c_int()))
     if name is None:
         return mangled
-    readable = re.sub(r"\(anonymous namespace\)::|flashprune::|gpu::|^void |\(\w+\)(?=\d)", "", name.decode())
-    return readable.split("(")[0]
+    short = re.sub(r"\(anonymous namespace\)::|flashprune::|gpu::|^void |\(\w+\)(?=\d)", "", name.decode())
+    return short.split("(")[0]
 
 
 @pytest.fixture(scope="module")
