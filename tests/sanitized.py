@@ -76,9 +76,12 @@ def main() -> int:
     if reason := missing():
         print(f"not run: {reason}")
         return 0
-    arguments = sys.argv[1:] or ["-q", *map(str, sorted(ROOT.glob("tests/test_cuda_*.py"))), "tests/test_emulation.py"]
+    sources = sorted(SOURCES.glob("*.cpp"))
+    tests = [f"tests/test_cuda_{source.stem}.py" for source in sources]
+    tests = [test for test in tests if (ROOT / test).exists()]
+    arguments = sys.argv[1:] or ["-q", "-m", "not slow", *tests, "tests/test_emulation.py"]
     with tempfile.TemporaryDirectory() as folder:
-        build(sorted(SOURCES.glob("*.cpp")), Path(folder))
+        build(sources, Path(folder))
         code = "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
         # A sanitizer's report would be lost with what pytest captures of the file descriptors.
         return run(Path(folder), code, "--capture=sys", "-p", "no:cacheprovider", *arguments).returncode
