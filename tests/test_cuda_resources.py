@@ -22,7 +22,13 @@ from flashprune import native
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = Path(native.__file__).parent / "libflashprune_cuda.so"
 ARCHITECTURES = [name for name in native.build_facts().get("cuda_architectures", []) if name.startswith("sm_")]
-TENSOR_CORES = ("all_pairs_kernel", "edges_kernel", "greedy_kernel", "dpp_kernel")  # multiply there
+TENSOR_CORES = (
+    "all_pairs_kernel",
+    "edges_kernel",
+    "later_panels_kernel",
+    "greedy_kernel",
+    "dpp_kernel",
+)  # multiply there
 
 
 class Usage(NamedTuple):
