@@ -37,7 +37,7 @@ def dpp(emulation: ModuleType) -> Any:
 
 
 def powers(*shape: int, seed: int = 0) -> Tensor:
-    """Relevance of powers of two, so that gains and their roots are exact."""
+    """Powers of two, as relevance or factors of rows, so that gains, their roots and norms are exact."""
     return 2.0 ** -torch.randint(0, 4, shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -46,10 +46,10 @@ def defined(features: Tensor, relevance: Tensor, k: int | list[int], **settings:
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
-@pytest.mark.parametrize("n, d, k", [(1, 16, 1), (17, 16, 17), (64, 64, 20), (50, 16, 50), (200, 64, 70)])
+@pytest.mark.parametrize("n, d, k", [(1, 16, 1), (17, 16, 17), (64, 64, 20), (50, 16, 50), (200, 256, 110)])
 def test_exact(dpp: Any, n: int, d: int, k: int, blocks: int) -> None:
-    """Orthogonal and equal or opposite rows; beyond the rank, relevance fills."""
-    features, relevance = hadamard(n, d, seed=n), powers(n, seed=n)
+    """Orthogonal and equal or opposite rows of several lengths; beyond the rank, relevance fills."""
+    features, relevance = hadamard(n, d, seed=n) * powers(n, 1, seed=n + 1), powers(n, seed=n)
     expected = defined(features, relevance, k)
     for seed in SEEDS:
         assert dpp(features, relevance, [k], seed=seed, blocks=blocks).equal(expected)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import flashprune as fp
-from emulated import SEEDS, numbers
+from emulated import SEEDS, lengths, numbers
 from inputs import ADVERSARIAL, adversarial, gaussian, signs
 
 
@@ -35,7 +35,7 @@ def defined(features: Tensor, k: int | list[int], **settings: Any) -> Tensor:
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("n, k", [(1, 1), (2, 2), (31, 31), (33, 9), (64, 40), (129, 50)])
 def test_exact(maxmin: Any, n: int, k: int, blocks: int) -> None:
-    features = signs(n, 16, seed=n)
+    features = lengths(signs(n, 16, seed=n))
     expected = defined(features, k)
     for seed in SEEDS:
         assert maxmin(features, [k], seed=seed, blocks=blocks).equal(expected)
@@ -43,7 +43,7 @@ def test_exact(maxmin: Any, n: int, k: int, blocks: int) -> None:
 
 
 def test_every_size_of_block_and_team_gives_the_same_picks(maxmin: Any) -> None:
-    features = signs(150, 16)
+    features = lengths(signs(150, 16))
     expected = defined(features, 40)
     for block, blocks, threads in ((1, 1, 64), (7, 2, 32), (33, 5, 32), (0, 4, 128)):
         assert maxmin(features, [40], block=block, blocks=blocks, threads=threads, seed=9).equal(expected)

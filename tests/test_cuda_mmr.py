@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import flashprune as fp
-from emulated import SEEDS, numbers
+from emulated import SEEDS, lengths, numbers
 from inputs import ADVERSARIAL, adversarial, dyadic, gaussian, signs
 
 
@@ -46,7 +46,7 @@ def defined(features: Tensor, importance: Tensor, k: int | list[int], **settings
     [(1, 1, 0.5, 1), (31, 31, 0.5, 1), (33, 9, 1.0, 1), (64, 40, 0.25, 5), (65, 30, 0.5, 100), (300, 40, 0.5, 1)],
 )
 def test_exact(mmr: Any, n: int, k: int, lam: float, per_round: int, blocks: int) -> None:
-    features, importance = signs(n, 16, seed=n), dyadic(n, seed=n)
+    features, importance = lengths(signs(n, 16, seed=n)), dyadic(n, seed=n)
     settings = {"lam": lam, "per_round": per_round}
     expected = defined(features, importance, k, **settings)
     for seed in SEEDS:
@@ -56,7 +56,7 @@ def test_exact(mmr: Any, n: int, k: int, lam: float, per_round: int, blocks: int
 
 def test_every_size_of_block_and_team_gives_the_same_picks(mmr: Any) -> None:
     """Small blocks, so that bounds come from tokens that a thread, a block or the round leaves out."""
-    features, importance = signs(200, 16), dyadic(200)
+    features, importance = lengths(signs(200, 16)), dyadic(200)
     for per_round in (1, 3):
         expected = defined(features, importance, 40, per_round=per_round)
         for block, blocks, threads in ((1, 1, 64), (7, 2, 32), (33, 5, 32), (0, 4, 128)):

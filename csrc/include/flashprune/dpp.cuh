@@ -149,8 +149,7 @@ class Dpp : public Rounds<T, kVector> {
         if (lane == j) value = found;
         left = less(left, found);
       }
-      if (inside) row[from + lane] = value;
-      __syncwarp();
+      if (inside) row[from + lane] = value;  // which no other lane reads
     }
     if (lane == 0) exchange_.values[parity_][slot] = std::bit_cast<uint32_t>(left);
   }
@@ -164,7 +163,6 @@ class Dpp : public Rounds<T, kVector> {
       keys[q] = gain_key(shared_.value[q], shared_.token[q]);
       shared_.seen[q] = count_;
     }
-    __syncthreads();
     for (; count_ < at_.k; ++count_) {
       Key best = kNoKey;
       for (int q = int(threadIdx.x); q < size_; q += int(blockDim.x)) best = max(best, keys[q]);
@@ -221,7 +219,6 @@ __global__ void __launch_bounds__(kRoundThreads, 1) dpp_kernel(const __grid_cons
   Team team(problem.counters, problem.team);
   for (int s = team.index; s < problem.segments.count; s += team.count) {
     Dpp<T, kVector>(problem, shared, team, s).run();
-    team.sync();  // before the exchange is used again
   }
 }
 

@@ -84,7 +84,6 @@ class Greedy : public Rounds<T, kVector> {
         for (int t = 0; t < committed_; ++t) nearest(i) = max(nearest(i), stored(i, pick(t)));
         seen(i) = committed_;
       }
-      __syncthreads();
       return;
     }
     const int own_count = (at_.n - team_.rank + team_.size - 1) / team_.size;
@@ -107,7 +106,6 @@ class Greedy : public Rounds<T, kVector> {
     for (int i = own(threadIdx.x); i < at_.n; i = next(i)) {
       if (seen(i) != kPicked) seen(i) = committed_;
     }
-    __syncthreads();
   }
 
   // False: no token is left.
@@ -272,7 +270,6 @@ __global__ void __launch_bounds__(kRoundThreads, 1) greedy_kernel(const __grid_c
   Team team(problem.counters, problem.team);
   for (int s = team.index; s < problem.segments.count; s += team.count) {
     Greedy<T, kVector>(problem, shared, team, s).run();
-    team.sync();  // before the exchange is used again
   }
 }
 

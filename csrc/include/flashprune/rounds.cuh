@@ -257,7 +257,8 @@ class Rounds {
     }
   }
 
-  // Ascending indices where they are wanted, and an index in range where wrong cu_seqlens left no token to pick.
+  // Ascending indices where they are wanted, and an index in range where wrong cu_seqlens left no token to pick. After
+  // its barrier the team is done with the exchange, which the next segment may then use.
   __device__ void finish() {
     team_.sync();
     if (team_.rank != 0) return;
