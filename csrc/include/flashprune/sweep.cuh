@@ -140,11 +140,14 @@ __device__ __forceinline__ void sweep_panel(const Panel& panel, const Sweep& cal
   };
 
   uint32_t early[2] = {}, across = 0;  // neighbours of a lane's two candidates before them in the same 32; from 1 to 2
+  // What is no earlier neighbour is masked out: were cu_seqlens wrong, words that nobody wrote could stop the rounds.
+  const uint32_t before = (1u << lane_index()) - 1;
   const auto prepare = [&](int block) {
     const int first = block * kSweepRows + lane_index();
-    early[0] = warp_transpose(first < candidates ? *rows.at(block, lane_index(), 2 * block) : 0u);
+    early[0] = before & warp_transpose(first < candidates ? *rows.at(block, lane_index(), 2 * block) : 0u);
     across = first < candidates ? *rows.at(block, lane_index(), 2 * block + 1) : 0u;
-    early[1] = warp_transpose(first + 32 < candidates ? *rows.at(block, lane_index() + 32, 2 * block + 1) : 0u);
+    early[1] =
+        before & warp_transpose(first + 32 < candidates ? *rows.at(block, lane_index() + 32, 2 * block + 1) : 0u);
   };
   const auto first_bits = [](int count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; };
 
