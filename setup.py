@@ -23,6 +23,13 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 NATIVE = os.environ.get("FLASHPRUNE_NATIVE", "1") != "0"
 PURE = "set FLASHPRUNE_NATIVE=0 for a pure-Python install (reference and Triton backends only)"
+# Packages that lie beside python/ in a checkout, `flashprune bench` among them, and the modules that only serve there.
+ELSEWHERE = {
+    "flashprune.triton_kernels": "triton_kernels",
+    "flashprune.benchmarks": "benchmarks",
+    "flashprune.benchmarks.peers": "benchmarks/peers",
+}
+CHECKOUT_ONLY = {("flashprune.benchmarks", "conftest"), ("flashprune.benchmarks", "gpu")}
 OLDEST_NVCC = (12, 8)  # the first that knows sm_100 and sm_120
 OLDEST_TORCH = (2, 11)  # the stable ABI that the libraries target
 
@@ -166,10 +173,14 @@ class BuildPy(build_py):
             remove_libraries(ROOT / "python" / "flashprune")
         super().run()
 
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found = super().find_package_modules(package, package_dir)
+        return [module for module in found if module[:2] not in CHECKOUT_ONLY]
+
 
 setup(
-    packages=[*find_packages("python"), "flashprune.triton_kernels"],
-    package_dir={"flashprune": "python/flashprune", "flashprune.triton_kernels": "triton_kernels"},
+    packages=[*find_packages("python"), *ELSEWHERE],
+    package_dir={"flashprune": "python/flashprune", **ELSEWHERE},
     ext_modules=[Extension("flashprune._build", sources=[])] if NATIVE else [],
     cmdclass={"build": Build, "build_ext": CMakeBuild, "build_py": BuildPy},
 )

@@ -1,3 +1,3 @@
-from benchmarks.table import main
+from .table import main
 
 raise SystemExit(main())

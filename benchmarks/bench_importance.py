@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import flashprune as fp
-from benchmarks.cases import Case
-from benchmarks.race import Race
+
+from .cases import Case
+from .race import Race
 
 
 def dense_attention(query: Tensor, key: Tensor) -> Tensor:

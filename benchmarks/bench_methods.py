@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 import flashprune as fp
-from benchmarks.cases import Case
-from benchmarks.peers import angelslim_idpruner, dense_mis
-from benchmarks.race import Race, picks_check, products
+
+from .cases import Case
+from .peers import angelslim_idpruner, dense_mis
+from .race import Race, picks_check, products
 
 PIVOT_RATIO = 0.7
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 import flashprune as fp
-from benchmarks.cases import Case
-from benchmarks.peers import dense_mis
-from benchmarks.race import Race, picks_check, products
+
+from .cases import Case
+from .peers import dense_mis
+from .race import Race, picks_check, products
 
 
 def race(case: Case, inputs: dict[str, Tensor], backend: str) -> Race:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 import flashprune as fp
-from benchmarks.cases import Case
-from benchmarks.race import Race, picks_check
+
+from .cases import Case
+from .race import Race, picks_check
 
 
 def race(case: Case, inputs: dict[str, Tensor], backend: str) -> Race:

@@ -9,9 +9,9 @@ from statistics import median
 import pytest
 from torch import Tensor
 
-from benchmarks import machine
-from benchmarks.cases import CASES, Case, inputs_of
-from benchmarks.race import OURS, Race, qualify, schedule, timed
+from . import machine
+from .cases import CASES, Case, inputs_of
+from .race import OURS, Race, qualify, schedule, timed
 
 MakeRace = Callable[[Case, dict[str, Tensor], str], Race]
 

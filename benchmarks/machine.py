@@ -28,6 +28,8 @@ def cores() -> int:
 
 def commit() -> str:
     """Short hash of the checkout, with "+" where tracked files differ from it; "unknown" outside a checkout."""
+    if not (ROOT / ".git").exists():  # installed, perhaps into an environment inside a checkout of something else
+        return "unknown"
     try:
         head = _git("rev-parse", "--short", "HEAD")
         return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")

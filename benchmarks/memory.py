@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import Case, inputs_of
-from benchmarks.machine import ROOT
-from benchmarks.ops import race_of
-from benchmarks.race import OURS
+from .cases import Case, inputs_of
+from .machine import ROOT
+from .ops import race_of
+from .race import OURS
 
 WARM_UP_TOKENS = 64
 MB = 1_000_000
@@ -35,8 +35,10 @@ def peak_extra_mb(case: Case, backend: str, variant: str = OURS) -> float:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "inputs.pt"
         torch.save({"case": vars(case), "inputs": inputs_of(case)}, file)
-        command = [sys.executable, "-m", "benchmarks.memory", str(file), backend, variant]
-        child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, "-m", f"{__package__}.memory", str(file), backend, variant]
+        # `benchmarks` is importable from the root of a checkout only, `flashprune.benchmarks` from anywhere
+        where = ROOT if __package__ == "benchmarks" else None
+        child = subprocess.run(command, cwd=where, capture_output=True, text=True)
     if child.returncode:
         raise RuntimeError(f"memory of {variant} on {case}: {child.stderr.strip().splitlines()[-1]}")
     return float(child.stdout) / MB

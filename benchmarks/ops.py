@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from benchmarks import bench_dpp, bench_importance, bench_maxmin, bench_methods, bench_mis, bench_mmr, bench_topk
-from benchmarks.cases import Case
-from benchmarks.race import Race
+from . import bench_dpp, bench_importance, bench_maxmin, bench_methods, bench_mis, bench_mmr, bench_topk
+from .cases import Case
+from .race import Race
 
 _MODULES = (bench_topk, bench_mmr, bench_mis, bench_maxmin, bench_dpp, bench_importance, bench_methods)
 RACES = {op: race for module in _MODULES for op, race in module.RACES.items()}

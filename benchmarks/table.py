@@ -10,10 +10,10 @@ from statistics import median
 
 import torch
 
-from benchmarks import machine, memory
-from benchmarks.cases import CASES, HEADLINE, MEMORY, MEMORY_GOAL_MB, Case, inputs_of
-from benchmarks.ops import RACES, race_of
-from benchmarks.race import OURS, PRODUCTS, Outcome, Race, run
+from . import machine, memory
+from .cases import CASES, HEADLINE, MEMORY, MEMORY_GOAL_MB, Case, inputs_of
+from .ops import RACES, race_of
+from .race import OURS, PRODUCTS, Outcome, Race, run
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("op", "N / D / K", "data", "flashprune, ms", "beside", "its time, ms", "ratio", "goal", "× products")

@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks.peers import angelslim_idpruner, cdpruner, dense_mis, divprune
+from benchmarks.peers import (
+    angelslim_divprune,
+    angelslim_idpruner,
+    cdpruner,
+    compiled,
+    dense_mis,
+    divprune,
+    nms_mis,
+    uniattn,
+)
 
 from flashprune import reference
 
@@ -96,3 +105,79 @@ def test_angelslim_computes_in_float32(dtype):
     features = g["features"].to(dtype)
     widened = angelslim_idpruner.idpruner(features.float(), g["scores"], 14)
     assert torch.equal(angelslim_idpruner.idpruner(features, g["scores"], 14), widened)
+
+
+@golden("divprune")
+def test_angelslim_divprune_is_the_official_loop(case):
+    g = tensors(case)
+    assert angelslim_divprune.maxmin_loop(g["features"], len(g["keep"])).tolist() == g["order"].tolist()
+
+
+@golden("idpruner")
+def test_uniattn_with_the_same_weight_picks_what_idpruner_picks(case):
+    g = tensors(case)
+    if case["lam"] == 0:
+        pytest.skip("UniAttn always weighs importance")
+    picks = uniattn.mmr_loop(g["features"], angelslim_idpruner.minmax(g["scores"]), len(g["keep"]), lam=case["lam"])
+    assert picks.tolist() == g["order"].tolist()
+
+
+def uniattn_images():
+    generator = torch.Generator().manual_seed(5)
+    sizes, ks = [40, 25, 40, 60], [20, 12, 20, 7]
+    features = torch.cat([signs(n, 64, seed=i) for i, n in enumerate(sizes)])
+    return features, torch.randperm(sum(sizes), generator=generator) / 64, sizes, ks
+
+
+def test_uniattn_groups_ragged_images_by_size():
+    features, importance, sizes, ks = uniattn_images()
+    bounds = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+    expected = reference.mmr_select(features, importance, ks, cu_seqlens=bounds, sort=False)
+    assert uniattn.mmr_ragged(features, importance, sizes, ks).tolist() == expected.tolist()
+
+
+def test_uniattn_fused_kernel_is_its_loop(device):
+    kernel = pytest.importorskip("benchmarks.peers.uniattn_kernel", reason="no Triton")
+    features = torch.stack([signs(40, 64, seed=i) for i in range(3)]).to(device)
+    importance = (torch.randint(0, 9, (3, 40), generator=torch.Generator().manual_seed(6)) / 8).to(device)  # ties
+    unit = torch.nn.functional.normalize(features, dim=-1)
+    picks = kernel.fused_steps(importance, unit @ unit.transpose(1, 2), 11, 1.0)
+    assert picks.tolist() == reference.mmr_select(features, importance, 11, sort=False).tolist()
+
+
+@pytest.mark.parametrize("threshold", [0.25, 0.5, 0.9])
+@pytest.mark.parametrize("n", [1, 64, 160])
+def test_nms_sweep_is_the_definition(threshold, n):
+    features = signs(n, 16, seed=n)
+    importance = torch.rand(n, generator=torch.Generator().manual_seed(1)).mul(50).round()  # many ties
+    k = max(1, n // 5)
+    picks = nms_mis.mis_sweep(features, importance, k, threshold=threshold)
+    assert picks.tolist() == reference.mis_select(features, importance, k, threshold=threshold, sort=False).tolist()
+
+
+def test_nms_sweep_in_whole_words_of_struck_candidates():
+    features = torch.ones(130, 4)
+    assert nms_mis.mis_sweep(features, torch.arange(130.0), 3).tolist() == [129, 128, 127]
+
+
+@golden("idpruner")
+def test_compiled_mmr_is_the_official_loop(case):
+    g = tensors(case)
+    importance = angelslim_idpruner.minmax(g["scores"])
+    picks = compiled.mmr_loop(g["features"], importance, len(g["keep"]), lam=case["lam"], backend="eager")
+    assert picks.tolist() == g["order"].tolist()
+
+
+@golden("cdpruner")
+def test_compiled_dpp_is_the_official_loop(case):
+    g = tensors(case)
+    assert compiled.map_loop(g["features"], g["relevance"], len(g["keep"]), backend="eager").tolist() == (
+        g["order"].tolist()
+    )
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor():
+    g = tensors(next(case for case in MANIFEST if case["method"] == "idpruner" and case["lam"] == 0.5))
+    picks = compiled.mmr_loop(g["features"], angelslim_idpruner.minmax(g["scores"]), len(g["keep"]))
+    assert picks.tolist() == g["order"].tolist()

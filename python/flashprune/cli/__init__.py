@@ -1,11 +1,11 @@
-"""The `flashprune` command. Its libraries (the `cli` extra: typer, rich, Pillow, scikit-image) load on first use."""
+"""The `flashprune` command. Its libraries, those of the `cli` extra, load on first use."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
-_EXTRA = {"typer", "rich", "PIL", "skimage"}
+_EXTRA = {"typer", "rich", "PIL", "skimage", "matplotlib"}
 
 
 def main() -> None:
