@@ -74,6 +74,9 @@ def test_three_panels(variant: Variant, emulation: ModuleType) -> None:
     for k in (120, 290):
         picks = select(emulation, variant, features, importance, k, block=128, chunk=128)
         assert torch.equal(picks, select(emulation, variant, features, importance, k, seed=1))
+        for blocks in (1, 3):
+            again = select(emulation, variant, features, importance, k, block=128, seed=blocks, blocks=blocks)
+            assert torch.equal(picks, again)
         variant.check(features, importance, k, picks)
 
 
@@ -120,12 +123,12 @@ def test_a_chain_through_panels(seed: int, emulation: ModuleType) -> None:
 @pytest.mark.parametrize("alpha", [0.3, 0.5, 0.8])
 def test_edges_are_those_of_the_definition(proximity: str, alpha: float, emulation: ModuleType) -> None:
     """Thresholds that weights meet exactly, or miss by the last bit."""
-    features, importance = signs(80, 16), torch.linspace(1, 0, 80)
+    features, importance = signs(80, 64), torch.linspace(1, 0, 80)
     places = raster(features, width=8, frame=40).clone()
     places[40:, 1:] *= 3
     settings = {"radius": 2, "sigma": 2.5, "temporal_radius": 1, "proximity": proximity, "alpha": alpha}
     near = fp.reference.segments.nearness(places, torch.tensor(3), torch.float32, proximity, 2, 2.5, 1)
-    cosines = features @ features[3] / 16
+    cosines = features @ features[3] / 64
     weights = (alpha * cosines + (1 - alpha) * near).unique()
     for threshold in weights[weights < weights.max()][[0, len(weights) // 3, len(weights) // 2, -2]]:
         for limit in (threshold, torch.nextafter(threshold, torch.tensor(-9.0))):
