@@ -22,4 +22,7 @@ STABLE_TORCH_LIBRARY(FLASHPRUNE_LIBRARY, m) {
       "bool pivots_suppress, bool sort, int block=0) -> Tensor");
   m.def("maxmin_select(Tensor features, int[] k, Tensor? cu_seqlens, bool sort, int block=0) -> Tensor");
   m.def("dpp_select(Tensor features, Tensor relevance, int[] k, Tensor? cu_seqlens, bool sort, int block=0) -> Tensor");
+  // CUDA alone: python/flashprune/workspace.py.
+  m.def("use_workspace(Tensor buffer) -> ()");
+  m.def("workspace_bytes(Tensor like) -> int");
 }

@@ -145,8 +145,4 @@ Tensor device_ints(CudaStream& stream, const std::vector<int32_t>& values, const
   return out;
 }
 
-Tensor new_workspace(const Tensor& like, size_t bytes) {
-  return torch::stable::new_empty(like, {int64_t(bytes)}, ScalarType::Byte);
-}
-
 }  // namespace flashprune::gpu

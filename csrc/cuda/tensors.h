@@ -91,7 +91,7 @@ Tensor check_positions(const Tensor& positions, const FeatureTensor& features);
 // int32 [values.size()] on the device of `like`, without waiting for it.
 Tensor device_ints(CudaStream& stream, const std::vector<int32_t>& values, const Tensor& like);
 
-// uint8 [bytes] on the device of `like`: what <op>_workspace says.
+// uint8 [bytes] on the device of `like`, or the caller's buffer where use_workspace has named one (workspace.cu).
 Tensor new_workspace(const Tensor& like, size_t bytes);
 
 }  // namespace flashprune::gpu

@@ -10,6 +10,7 @@ from .methods import cdpruner, d2pruner, divprune, fastv, idpruner, naive_hybrid
 from .positions import pack_positions, unpack_positions
 from .scorer import VisionSelector
 from .selectors import dpp_select, maxmin_select, mis_select, mmr_select, topk_select
+from .workspaces import workspace
 
 try:
     __version__ = version("flashprune")
@@ -44,4 +45,5 @@ __all__ = [
     "testing",
     "topk_select",
     "unpack_positions",
+    "workspace",
 ]
