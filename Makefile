@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc -type f)
 help:
 	@echo "make demo    prune the tokens of photographs with every method, into demo/"
 	@echo "make test    run the tests"
-	@echo "make bench   measure against the methods' published loops"
+	@echo "make bench   time everything beside the published loops, into bench/: about ten minutes"
 	@echo "make lint    check format, lint and types"
 	@echo "make build   set up and build only"
 	@echo "make clean   remove what was built; .venv stays"
@@ -27,7 +27,7 @@ test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 bench: $(VENV)/installed
-	$(BIN)/python -m benchmarks
+	$(BIN)/flashprune bench --out bench
 
 lint: $(VENV)/installed $(VENV)/linters
 	$(BIN)/ruff check .

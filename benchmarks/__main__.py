@@ -1,3 +1,8 @@
-from .table import main
+"""`python -m benchmarks` from a checkout is `flashprune bench`."""
 
-raise SystemExit(main())
+import sys
+
+from flashprune.cli import main
+
+sys.argv[1:1] = ["bench"]
+main()

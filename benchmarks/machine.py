@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+import flashprune
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -37,22 +39,29 @@ def commit() -> str:
         return "unknown"
 
 
-def facts() -> dict[str, str]:
+def facts(device: str = "cpu") -> dict[str, str]:
+    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)} if device == "cuda" else {}
     return {
+        **gpu,
         "cpu": cpu_model(),
         "cores": str(cores()),
         "threads": str(torch.get_num_threads()),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
+        "flashprune": flashprune.__version__,
         "python": platform.python_version(),
         "commit": commit(),
         "date": date.today().isoformat(),
     }
 
 
-def slug() -> str:
-    """Name of this machine as a file name: ``amd-epyc-2-cores``."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {cores()} cores".lower()).strip("-")
+def free_bytes() -> int | None:
+    """Memory that can be had without swapping; None where the system does not say."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return 1024 * int(found[1]) if found else None
 
 
 def _git(*args: str) -> str:

@@ -150,3 +150,61 @@ def validate(
 
     if not run(device.value, None if backend is None else backend.value, only, seed, quick):
         raise typer.Exit(1)
+
+
+@app.command(
+    help="Time selections beside the loops that published methods run today, and beside what the machine can do.\n\n"
+    "Without sizes: the standard run, minutes long. Lists have commas between. Every variant is checked on the inputs "
+    "that are timed; one that fails is a row of the table, not timed. Exit code 1 when flashprune fails somewhere, or "
+    "is slower than --compare allows.",
+    epilog="Examples:\n\nflashprune bench --out bench\n\n"
+    "flashprune bench --op mmr,maxmin --tokens 576,2880 --dim 4096 --keep 0.1,0.25\n\n"
+    "flashprune bench --preset llava-next --out bench\n\n"
+    "flashprune bench --op mmr --compare bench/results.json --ratio 1.3",
+)
+@console.reports_errors
+def bench(
+    op: Annotated[
+        str | None,
+        typer.Option(metavar="OPS", help="Of mmr, mis, maxmin, dpp, topk, importance, d2pruner and idpruner; or all."),
+    ] = None,
+    device: Annotated[DeviceName, typer.Option(help="Where the tensors live.")] = DeviceName.cpu,
+    backend: Annotated[
+        str | None, typer.Option(metavar="BACKENDS", help="All that are ready when not given; ratios are of the first.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="N,...", help="Token counts.")] = None,
+    dim: Annotated[int | None, typer.Option(metavar="D", help="Features of a token.")] = None,
+    keep: Annotated[str | None, typer.Option(metavar="RATIOS", help="Shares below 1, or counts.")] = None,
+    batch: Annotated[str | None, typer.Option(metavar="B,...", help="Images at a time.")] = None,
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16.")] = "float32",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Shapes of llava-1.5, llava-next, internvl2.5, qwen2.5-vl, qwen2.5-vl-video or uniattn-13-images.",
+        ),
+    ] = None,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Race the published loops too.")] = True,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory too.")] = True,
+    seconds: Annotated[float, typer.Option(metavar="S", help="Spent on a variant of a case, about.")] = 1.0,
+    limit: Annotated[
+        float, typer.Option(metavar="S", help="A variant expected to take longer at more tokens is left out there.")
+    ] = 10.0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder for results.json, results.md, latency.png, latency.svg and report.html."
+        ),
+    ] = None,
+    compare: Annotated[Path | None, typer.Option(metavar="JSON", help="An older results.json.")] = None,
+    ratio: Annotated[float, typer.Option(metavar="R", help="How much slower than there is allowed.")] = 1.2,
+) -> None:
+    from .bench import Options
+    from .bench import bench as run
+
+    options = Options(
+        op, device.value, backend, tokens, dim, keep, batch, dtype, preset, peers, memory, seconds, limit, out, compare,
+        ratio,
+    )  # fmt: skip
+    if not run(options):
+        raise typer.Exit(1)
