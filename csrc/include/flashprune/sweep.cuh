@@ -278,7 +278,7 @@ __device__ __forceinline__ void sweep_segment(const Panel& panel, const Sweep& c
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads) sweep_kernel(Panel panel, Sweep call) {
+__global__ void __launch_bounds__(kThreads, 1) sweep_kernel(Panel panel, Sweep call) {
   sweep_segment(panel, call, int(blockIdx.x));
 }
 
