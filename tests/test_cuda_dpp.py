@@ -150,3 +150,11 @@ def test_hostile_cu_seqlens_stay_inside(dpp: Any) -> None:
         for sort in (False, True):
             picks = dpp(features, relevance, [5, 6], torch.tensor(ends, dtype=torch.int32), sort=sort, blocks=2)
             assert ((picks >= 0) & (picks <= 40)).all(), ends
+
+
+def test_launches_do_not_grow_with_the_picks(emulation: ModuleType) -> None:
+    arrays = [numbers(x) for x in gaussian(50, 16)]
+    for k in (1, 25, 50):
+        for sort in (False, True):
+            emulation.dpp_select(*arrays, [k], None, sort, blocks=2)
+            assert emulation.launches() == 2

@@ -91,3 +91,12 @@ def test_hostile_cu_seqlens_stay_inside(maxmin: Any) -> None:
         for sort in (False, True):
             picks = maxmin(features, [5, 6], torch.tensor(ends, dtype=torch.int32), sort=sort, blocks=2)
             assert ((picks >= 0) & (picks <= 40)).all(), ends
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_launches_do_not_grow_with_the_picks(emulation: ModuleType, stored: bool) -> None:
+    arrays = [numbers(x) for x in gaussian(50, 16)]
+    for k in (1, 25, 50):
+        for sort in (False, True):
+            emulation.maxmin_select(arrays[0], [k], None, sort, stored=stored, blocks=2)
+            assert emulation.launches() == 3

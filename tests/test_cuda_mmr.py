@@ -125,3 +125,12 @@ def test_hostile_cu_seqlens_stay_inside(mmr: Any) -> None:
             cu_seqlens = torch.tensor(ends, dtype=torch.int32)
             picks = mmr(features, importance, [5, 6], cu_seqlens, sort=sort, blocks=2)
             assert ((picks >= 0) & (picks <= 40)).all(), ends
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_launches_do_not_grow_with_the_picks(emulation: ModuleType, stored: bool) -> None:
+    arrays = [numbers(x) for x in gaussian(50, 16)]
+    for k in (1, 25, 50):
+        for sort in (False, True):
+            emulation.mmr_select(*arrays, [k], None, 0.5, 1, sort, stored=stored, blocks=2)
+            assert emulation.launches() == 2 + stored

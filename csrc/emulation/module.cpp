@@ -4,5 +4,6 @@
 
 PYBIND11_MODULE(_emulation, m) {
   m.doc() = "The CUDA kernels of flashprune on a CPU, for its tests.";
+  m.def("launches", &flashprune::emulation::Stream::last_launches, "How many kernels the last call has launched.");
   for (const auto& bind : flashprune::emulation::bindings()) bind(m);
 }

@@ -13,7 +13,7 @@ namespace flashprune::emulation {
 class Stream {
  public:
   // blocks: how many the pretended device holds at once.
-  Stream(uint64_t seed, int blocks) : seed_(seed), blocks_(blocks) {}
+  Stream(uint64_t seed, int blocks) : seed_(seed), blocks_(blocks) { last_launches_ = 0; }
 
   template <class... P, class... A>
   void launch(void (*kernel)(P...), const gpu::Shape& shape, A&&... arguments) {
@@ -33,7 +33,7 @@ class Stream {
                         .seed = seed_++,
                         .resident = unsigned(blocks_)};
     Machine(launch, [&] { std::apply(kernel, values); }).run();
-    ++launches_;
+    last_launches_ = ++launches_;
   }
   void zero(void* memory, size_t bytes) { std::memset(memory, 0, bytes); }
   template <class Kernel>
@@ -43,11 +43,13 @@ class Stream {
   int multiprocessors() const { return blocks_; }
   size_t shared_limit() const { return 99 << 10; }  // of the smallest GPU that is served
   int launches() const { return launches_; }
+  static int last_launches() { return last_launches_; }  // of the stream that was made last
 
  private:
   uint64_t seed_;
   const int blocks_;
   int launches_ = 0;
+  static inline int last_launches_ = 0;
 };
 
 }  // namespace flashprune::emulation

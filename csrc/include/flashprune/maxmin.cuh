@@ -25,9 +25,7 @@ size_t maxmin(Stream& stream, const MaxminCall& call, unsigned char* memory) {
   float* const norms = arena.take<float>(all_tokens(call.segments));
   uint32_t* const isolation = arena.take<uint32_t>(all_tokens(call.segments));
   // All pairs are multiplied for the first pick: what fits is kept.
-  const bool kept =
-      call.cosines == Cosines::kAutomatic ? pairs(call.segments) <= kMostPairs : call.cosines == Cosines::kStored;
-  float* const matrix = kept ? arena.take<float>(pairs(call.segments)) : nullptr;
+  float* const matrix = stored(call.cosines, call.segments) ? arena.take<float>(pairs(call.segments)) : nullptr;
   if (!memory) return arena.used();
   inverse_norms<T>(stream, call.segments, call.rows, norms);
   all_pairs<T>(stream, call.segments, call.rows, norms, isolation, matrix);
