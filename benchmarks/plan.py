@@ -40,10 +40,15 @@ def cases(wanted: Wanted) -> list[Case]:
     """Every case, those that cannot be among them: they say so when their inputs are asked for.
 
     Raises:
-        ValueError: an unknown op, dtype or preset, or a preset with sizes of one's own.
+        ValueError: an unknown op, dtype or preset, a dim or keep that fits no size, or a preset with sizes beside it.
     """
     dtype = _dtype(wanted.dtype)
     ops = _ops(wanted.ops)
+    if wanted.dim is not None and wanted.dim < 1:
+        raise ValueError(f"dim must be at least 1, got {wanted.dim}")
+    for keep in wanted.keep:
+        if not (0 < keep < 1 or (keep >= 0 and float(keep).is_integer())):
+            raise ValueError(f"keep must be shares below 1 or whole counts, got {keep:g}")
     sizes = (wanted.tokens, wanted.dim, wanted.keep, wanted.batch)
     if wanted.preset is not None:
         if wanted.preset not in PRESETS:

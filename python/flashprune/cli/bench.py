@@ -168,7 +168,7 @@ def _print(screen: Console, found: dict[str, Any]) -> None:
     screen.print(table.heading(found))
     drawn = console.table("")
     drawn.title = None
-    drawn.add_column("op N/D/K", no_wrap=True)
+    drawn.add_column("op N/D/K")
     for column in ("ms, median (min–max)", "× ours", "% floor", "% prefill"):
         drawn.add_column(column, justify="right", no_wrap=True)
     for row in found["rows"]:
