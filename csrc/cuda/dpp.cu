@@ -9,19 +9,14 @@ Tensor dpp_cuda(const Tensor& features, const Tensor& relevance, const std::vect
                 const std::optional<Tensor>& cu_seqlens, bool sort, int64_t block) {
   const FeatureTensor x(features);
   const ScoreTensor scores(relevance, "relevance", x);
-  check(block >= 0 && block <= INT32_MAX, "block: expected 0 (automatic) or more, got " + std::to_string(block));
   SegmentTensors segments(features, x.token_dims(), "features", k, cu_seqlens);
   CudaStream stream("dpp_select", features);
   Tensor out = segments.new_result();
   if (segments.empty()) return out;
   const DppCall call{
-      x.rows(segments.packed()),      segments.on(stream), scores.scores(segments.packed()), int(block), sort,
+      x.rows(segments.packed()),      segments.on(stream), scores.scores(segments.packed()), block_size(block), sort,
       out.mutable_data_ptr<int64_t>()};
-  x.with_type([&](auto element) {
-    using T = decltype(element);
-    const Tensor workspace = new_workspace(features, dpp<T>(stream, call, nullptr));
-    dpp<T>(stream, call, static_cast<unsigned char*>(workspace.mutable_data_ptr()));
-  });
+  with_workspace(x, [&](auto element, unsigned char* memory) { return dpp<decltype(element)>(stream, call, memory); });
   return out;
 }
 

@@ -8,18 +8,14 @@ namespace flashprune::gpu {
 Tensor maxmin_cuda(const Tensor& features, const std::vector<int64_t>& k, const std::optional<Tensor>& cu_seqlens,
                    bool sort, int64_t block) {
   const FeatureTensor x(features);
-  check(block >= 0 && block <= INT32_MAX, "block: expected 0 (automatic) or more, got " + std::to_string(block));
   SegmentTensors segments(features, x.token_dims(), "features", k, cu_seqlens);
   CudaStream stream("maxmin_select", features);
   Tensor out = segments.new_result();
   if (segments.empty()) return out;
-  const MaxminCall call{x.rows(segments.packed()), segments.on(stream), int(block), sort,
+  const MaxminCall call{x.rows(segments.packed()), segments.on(stream), block_size(block), sort,
                         out.mutable_data_ptr<int64_t>()};
-  x.with_type([&](auto element) {
-    using T = decltype(element);
-    const Tensor workspace = new_workspace(features, maxmin<T>(stream, call, nullptr));
-    maxmin<T>(stream, call, static_cast<unsigned char*>(workspace.mutable_data_ptr()));
-  });
+  with_workspace(x,
+                 [&](auto element, unsigned char* memory) { return maxmin<decltype(element)>(stream, call, memory); });
   return out;
 }
 

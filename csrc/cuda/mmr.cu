@@ -11,7 +11,6 @@ Tensor mmr_cuda(const Tensor& features, const Tensor& importance, const std::vec
   const ScoreTensor scores(importance, "importance", x);
   check(lam >= 0.0 && lam <= 1.0, "lam: expected a number in [0, 1], got " + std::to_string(lam));
   check(per_round >= 1 && per_round <= INT32_MAX, "per_round: expected at least 1, got " + std::to_string(per_round));
-  check(block >= 0 && block <= INT32_MAX, "block: expected 0 (automatic) or more, got " + std::to_string(block));
   SegmentTensors segments(features, x.token_dims(), "features", k, cu_seqlens);
   CudaStream stream("mmr_select", features);
   Tensor out = segments.new_result();
@@ -21,14 +20,10 @@ Tensor mmr_cuda(const Tensor& features, const Tensor& importance, const std::vec
                      scores.scores(segments.packed()),
                      lam,
                      int(per_round),
-                     int(block),
+                     block_size(block),
                      sort,
                      out.mutable_data_ptr<int64_t>()};
-  x.with_type([&](auto element) {
-    using T = decltype(element);
-    const Tensor workspace = new_workspace(features, mmr<T>(stream, call, nullptr));
-    mmr<T>(stream, call, static_cast<unsigned char*>(workspace.mutable_data_ptr()));
-  });
+  with_workspace(x, [&](auto element, unsigned char* memory) { return mmr<decltype(element)>(stream, call, memory); });
   return out;
 }
 

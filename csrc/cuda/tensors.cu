@@ -145,4 +145,9 @@ Tensor device_ints(CudaStream& stream, const std::vector<int32_t>& values, const
   return out;
 }
 
+int block_size(int64_t block) {
+  check(block >= 0 && block <= INT32_MAX, "block: expected 0 (automatic) or more, got " + std::to_string(block));
+  return int(block);
+}
+
 }  // namespace flashprune::gpu

@@ -94,4 +94,16 @@ Tensor device_ints(CudaStream& stream, const std::vector<int32_t>& values, const
 // uint8 [bytes] on the device of `like`, or the caller's buffer where use_workspace has named one (workspace.cu).
 Tensor new_workspace(const Tensor& like, size_t bytes);
 
+// The operators' `block` argument, checked.
+int block_size(int64_t block);
+
+// Gives a call its workspace: call(T{}, memory) tells the bytes that it takes and, with memory, runs.
+template <class Call>
+void with_workspace(const FeatureTensor& features, const Call& call) {
+  features.with_type([&](auto element) {
+    const Tensor workspace = new_workspace(features.tensor(), call(element, nullptr));
+    call(element, static_cast<unsigned char*>(workspace.mutable_data_ptr()));
+  });
+}
+
 }  // namespace flashprune::gpu
