@@ -1,8 +1,12 @@
-"""How long selection takes, beside what it replaces.
+"""How long selection takes, beside what it replaces and what the machine can do.
 
-``python -m benchmarks``                  one table, one run: medians, ratios to each peer, peak memory
-``pytest benchmarks --benchmark-only``    the same cases and more; ``--benchmark-json FILE`` keeps the raw figures
+``flashprune bench``                      tables, a picture and a report; ``python -m benchmarks`` from a checkout
+``pytest benchmarks --benchmark-only``    one file an op on the same cases; ``--benchmark-json FILE`` keeps the figures
+``benchmarks/gpu.sh FOLDER``              on a GPU: tests, sanitizer and the latency of every operator
+
+plan → cases → race, one after the other (sweep) → rows of plain data (results) → table, figure, report.
 
 Protocol: every variant is checked on the very inputs on which it is timed, and one that fails is reported, not timed;
-variants take turns in one process; medians with min–max; the machine is named. Peers live in ``peers/``.
+variants take turns in one process; medians with min–max; what the floor is made of is measured in the same run; the
+machine is named. Peers live in ``peers/``.
 """

@@ -25,6 +25,7 @@ class GpuClock(WallClock):
     def __init__(self, copy: Callable[[], Race], input_bytes: int) -> None:
         self._copy, self._input_bytes = copy, input_bytes
         self._copies: list[Race] = []
+        self._before = 0
         self._scratch = torch.empty(COLD, dtype=torch.int8, device="cuda")
 
     def synchronize(self) -> None:
@@ -35,8 +36,9 @@ class GpuClock(WallClock):
         return torch.cuda.mem_get_info()[0] + kept
 
     def peak_bytes(self) -> int | None:
-        peak = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        peak = torch.cuda.max_memory_allocated() - self._before
         torch.cuda.reset_peak_memory_stats()
+        self._before = torch.cuda.memory_allocated()
         return peak
 
     def sampler(self, race: Race, name: str, once: float) -> tuple[Callable[[], float], str]:

@@ -67,7 +67,7 @@ class WallClock:
         return machine.free_bytes()
 
     def peak_bytes(self) -> int | None:
-        """The most that was taken since this was last asked, where the device counts it."""
+        """The most that was taken, above what was, since this was last asked; None where nobody counts."""
         return None
 
     def sampler(self, race: Race, name: str, once: float) -> tuple[Callable[[], float], str]:
@@ -111,10 +111,10 @@ def qualify(
             if not problem:
                 clock.peak_bytes()  # from here on
                 output, seconds = _run(run, clock)
+                peak = clock.peak_bytes()
                 problem = "" if name in race.yardsticks else race.check(output)
                 del output
             if not problem:
-                peak = clock.peak_bytes()
                 if peak is not None:
                     outcome.peaks[name] = peak
                 # The first run also compiles and fills caches: a variant that is quick has a second one to judge by.

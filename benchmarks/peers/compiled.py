@@ -27,10 +27,10 @@ def mmr_step(unit: Tensor, importance: Tensor, nearest: Tensor, taken: Tensor, l
 
 
 def dpp_step(unit: Tensor, relevance: Tensor, gains: Tensor, factor: Tensor) -> tuple[Tensor, ...]:
-    """The next pick, the gains after it, and its column of the Cholesky factor, of which ``[N, picks]`` is there."""
+    """The next pick, the gains after it, and its column of the Cholesky factor, given those before ``[picks, N]``."""
     pick = torch.argmax(gains, keepdim=True)
     row = relevance * row_dots(unit, unit[pick[0]]) * relevance[pick]
-    column = (row - row_dots(factor, factor[pick[0]])) / gains[pick].sqrt()
+    column = (row - (factor * factor[:, pick]).sum(0)) / gains[pick].sqrt()
     return pick, (gains - column * column).index_fill(0, pick, -math.inf), column
 
 
@@ -56,9 +56,10 @@ def map_loop(features: Tensor, relevance: Tensor, k: int, *, backend: str = "ind
     """Picks ``[k]`` int64, in pick order, of features ``[N, D]`` and relevance ``[N]``."""
     step, unit, relevance = compiled(dpp_step, backend), unit_rows(features.float()), relevance.float()
     gains = relevance * relevance
-    factor = torch.zeros(len(unit), k, device=unit.device)
+    # A row a pick, so that a step sees the rows so far as one contiguous matrix and no step is compiled anew.
+    factor = torch.zeros(k, len(unit), device=unit.device)
     picks = []
     for i in range(k):
-        pick, gains, factor[:, i] = step(unit, relevance, gains, factor[:, :i])
+        pick, gains, factor[i] = step(unit, relevance, gains, factor[:i])
         picks.append(pick)
     return torch.cat(picks)
