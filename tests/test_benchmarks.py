@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmarks import floor, memory, plan, results, table
+from benchmarks import floor, gpu_clock, memory, plan, results, table
 from benchmarks.cases import CASES, HEADLINE, Case, inputs_of
 from benchmarks.ops import RACES, race_of
 from benchmarks.prefill import FULL_LAYERS, VICUNA_7B, saving
@@ -249,3 +251,90 @@ def test_only_ours_can_be_slower_than_allowed():
 def test_ours_on_another_backend_is_another_variant():
     old, new = {"rows": [row()]}, {"rows": [{**row(), "backend": "triton"}]}
     assert results.changes(old, new) == []
+
+
+class FakeCuda:
+    """What the GPU's clock asks of torch.cuda, where a run takes the milliseconds that it is told to."""
+
+    def __init__(self):
+        self.now, self.allocated, self.peak = 0.0, 100, 100
+        self.captured: list[list] = []
+        self.capturing = False
+
+    def __call__(self, milliseconds, waits=False):
+        def run():
+            if self.capturing and waits:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            if self.capturing:
+                self.captured[-1].append(milliseconds)
+            else:
+                self.now += milliseconds
+
+        return run
+
+    def Event(self, enable_timing):
+        cuda = self
+
+        class Event:
+            def record(self):
+                self.at = cuda.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        return Event()
+
+    def CUDAGraph(self):
+        calls = []
+        self.captured.append(calls)
+        return SimpleNamespace(replay=lambda: setattr(self, "now", self.now + sum(calls)))
+
+    @contextmanager
+    def graph(self, graph):
+        self.capturing = True
+        try:
+            yield
+        finally:
+            self.capturing = False
+
+    def synchronize(self):
+        pass
+
+    def reset_peak_memory_stats(self):
+        self.peak = self.allocated
+
+    def memory_allocated(self):
+        return self.allocated
+
+    def max_memory_allocated(self):
+        return self.peak
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    fake = FakeCuda()
+    empty = lambda size, dtype, device: torch.empty(8, dtype=dtype)  # noqa: E731
+    monkeypatch.setattr(gpu_clock, "torch", SimpleNamespace(cuda=fake, empty=empty, int8=torch.int8))
+    return fake
+
+
+def test_a_quick_kernel_is_timed_by_graph_on_rotating_inputs(gpu):
+    race = Race(ours=gpu(0.05), peers={"waits": gpu(0.01, waits=True), "slow": gpu(3.0)}, check=lambda picks: "")
+    clock = gpu_clock.GpuClock(lambda: replace(race, ours=gpu(0.01)), input_bytes=gpu_clock.COLD // 4)
+    sample, how = clock.sampler(race, OURS, once=1e-4)
+    assert gpu.captured == [[0.05, 0.01, 0.01, 0.01, 0.01]]
+    assert sample() == pytest.approx(1e-3 * 0.09 / 5) and how.endswith("5 calls on as many inputs, L2 cold")
+    for name, seconds in (("waits", 1e-5), ("slow", 3e-3)):
+        sample, how = clock.sampler(race, name, once=seconds)
+        assert (sample(), how) == (pytest.approx(seconds), "events, cold L2"), name
+
+
+def test_peak_memory_on_a_gpu_is_above_what_was_there(gpu):
+    clock = gpu_clock.GpuClock(lambda: None, 1)
+    clock.peak_bytes()
+    gpu.peak, gpu.allocated = 170, 120  # a result of 20 stays
+    assert clock.peak_bytes() == 70
+    assert clock.peak_bytes() == 0

@@ -31,8 +31,8 @@ QUICK = ("--backend", "reference", "--dim", 8, "--keep", 0.25, "--seconds", 0, "
 
 @pytest.fixture(autouse=True)
 def quick_machine(monkeypatch) -> None:
-    monkeypatch.setattr(floor, "COPIED", {"cpu": 1 << 16})
-    monkeypatch.setattr(floor, "SIDE", {"cpu": 64})
+    monkeypatch.setattr(floor, "COPIED", {"cpu": 1 << 16, "cuda": 1 << 20})
+    monkeypatch.setattr(floor, "SIDE", {"cpu": 64, "cuda": 256})
 
 
 def run(*arguments: object):
@@ -52,8 +52,8 @@ def results(tmp_path_factory) -> Path:
     """One run's folder."""
     out = tmp_path_factory.mktemp("bench") / "new" / "folder"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(floor, "COPIED", {"cpu": 1 << 16})
-        patch.setattr(floor, "SIDE", {"cpu": 64})
+        patch.setattr(floor, "COPIED", {"cpu": 1 << 16, "cuda": 1 << 20})
+        patch.setattr(floor, "SIDE", {"cpu": 64, "cuda": 256})
         result = run("--op", "maxmin,topk", "--tokens", "24,48", *QUICK, "--out", out)
     assert result.exit_code == 0, result.output
     assert all(line.isprintable() and len(line) <= 80 for line in result.stdout.splitlines()[:-1]), result.stdout
@@ -265,3 +265,15 @@ def test_module_of_a_checkout_is_the_command():
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-m", "benchmarks", "--op", "nms"], cwd=root, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("flashprune: error: --op must be one of mmr")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_everything_is_timed(tmp_path):
+    sizes = ("--tokens", "64,2048", "--dim", 64, "--batch", "1,3", "--seconds", 0)
+    result = run("--device", "cuda", "--op", "maxmin,mis,topk,importance,idpruner,d2pruner", *sizes, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    for row in json.loads((tmp_path / "results.json").read_text())["rows"]:
+        for variant in row["variants"]:
+            assert variant["status"] == "timed" and variant["peak_bytes"] >= 0, (row["case"], variant)
+            assert "L2" in variant["how"]
