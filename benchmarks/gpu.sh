@@ -82,6 +82,7 @@ if ! "$python" -c 'import flashprune.triton_kernels' 2>/dev/null; then
   mkdir "$site/flashprune"
   ln -s "$PWD"/python/flashprune/* "$site/flashprune/"
   ln -s "$PWD/triton_kernels" "$site/flashprune/triton_kernels"
+  ln -s "$PWD/benchmarks" "$site/flashprune/benchmarks"
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
 run backends "$python" -c 'import sys, flashprune as fp; b = fp.backends(); print(*b.items(), sep="\n"); sys.exit("ready" not in (b["cuda"], b["triton"]))'
