@@ -33,7 +33,7 @@ def source_tree(tmp_path: Path) -> Path:
     tree.mkdir()
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, tree)
-    for name in ("python", "triton_kernels", "csrc"):
+    for name in ("python", "triton_kernels", "benchmarks", "csrc"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"))
     return tree
 
@@ -185,9 +185,9 @@ def test_pure_wheel_holds_every_module_and_no_library(source_tree: Path):
     assert not {name for name in held if name.endswith((".so", ".cpp", ".cu"))}
 
     modules = {path.relative_to(source_tree / "python") for path in (source_tree / "python").rglob("*.py")}
-    modules |= {
-        Path("flashprune", path.relative_to(source_tree)) for path in source_tree.glob("triton_kernels/**/*.py")
-    }
+    for folder in ("triton_kernels", "benchmarks"):
+        modules |= {Path("flashprune", x.relative_to(source_tree)) for x in source_tree.glob(f"{folder}/**/*.py")}
+    modules -= {Path("flashprune/benchmarks", name) for name in ("conftest.py", "gpu.py")}  # for a checkout alone
     assert modules
     assert {path.as_posix() for path in modules} <= held
     assert "flashprune/py.typed" in held
