@@ -32,9 +32,9 @@ Tensor mis_cuda(const Tensor& features, const Tensor& importance, const std::vec
                 bool sort, int64_t block) {
   const FeatureTensor x(features);
   const ScoreTensor scores(importance, "importance", x);
+  const int size = block_size(block);
   SegmentTensors segments(features, x.token_dims(), "features", k, cu_seqlens);
   check(alpha == 1.0 || positions.has_value(), "positions: needed when alpha < 1");
-  check(block >= 0 && block <= INT32_MAX, "block: expected 0 (automatic) or more, got " + std::to_string(block));
   check(pivots.size() == k.size(),
         "pivots: expected " + std::to_string(k.size()) + " entries, got " + std::to_string(pivots.size()));
   bool ragged = false;
@@ -65,7 +65,7 @@ Tensor mis_cuda(const Tensor& features, const Tensor& importance, const std::vec
                      first,
                      sort,
                      out.mutable_data_ptr<int64_t>(),
-                     {.panel = int(block)}};
+                     {.panel = size}};
   const Tensor workspace = new_workspace(features, mis_workspace(call));
   x.with_type([&](auto element) { mis_select<decltype(element)>(stream, call, workspace.mutable_data_ptr()); });
   return out;

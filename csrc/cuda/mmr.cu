@@ -11,6 +11,7 @@ Tensor mmr_cuda(const Tensor& features, const Tensor& importance, const std::vec
   const ScoreTensor scores(importance, "importance", x);
   check(lam >= 0.0 && lam <= 1.0, "lam: expected a number in [0, 1], got " + std::to_string(lam));
   check(per_round >= 1 && per_round <= INT32_MAX, "per_round: expected at least 1, got " + std::to_string(per_round));
+  const int size = block_size(block);
   SegmentTensors segments(features, x.token_dims(), "features", k, cu_seqlens);
   CudaStream stream("mmr_select", features);
   Tensor out = segments.new_result();
@@ -20,7 +21,7 @@ Tensor mmr_cuda(const Tensor& features, const Tensor& importance, const std::vec
                      scores.scores(segments.packed()),
                      lam,
                      int(per_round),
-                     block_size(block),
+                     size,
                      sort,
                      out.mutable_data_ptr<int64_t>()};
   with_workspace(x, [&](auto element, unsigned char* memory) { return mmr<decltype(element)>(stream, call, memory); });
