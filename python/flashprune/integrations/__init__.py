@@ -1,0 +1,1 @@
+"""Where flashprune meets other libraries: adapters only, the arithmetic is in the package."""

@@ -1,0 +1,33 @@
+"""Prune the visual tokens of a Hugging Face Transformers model: one line, reversible.
+
+    handle = prune(model, method="idpruner", keep=0.25, scorer="scorer.safetensors")
+
+For LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, InternVL, Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and others by
+`register_family`.
+"""
+
+try:
+    import transformers as _transformers  # noqa: F401
+except ModuleNotFoundError as _error:
+    raise ModuleNotFoundError(
+        "flashprune.integrations.transformers needs Transformers: pip install 'flashprune[transformers]'",
+        name=_error.name,
+    ) from _error
+
+from .families import Family, register_family, supported
+from .prior import Prior
+from .prune import Handle, prune
+from .report import Selection
+from .tokens import Item, VisualTokens
+
+__all__ = [
+    "Family",
+    "Handle",
+    "Item",
+    "Prior",
+    "Selection",
+    "VisualTokens",
+    "prune",
+    "register_family",
+    "supported",
+]

@@ -1,0 +1,417 @@
+"""The hooks that make a model prune: what they watch, and the one prefill that they shorten."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.masking_utils import create_causal_mask
+
+from ...importance import query_attention
+from . import caches
+from .capture import Tap
+from .encoders import Calls
+from .families import Family
+from .report import Selection, Stopwatch
+from .selection import Plan
+from .tokens import KINDS, Item, Placed, VisualTokens, place, segments
+
+_ITEMS = "flashprune_items"  # on an encoder's output: its images and videos
+
+
+@dataclass
+class Forward:
+    """One forward pass of the base model, as its arguments and encoder calls tell of it."""
+
+    input_ids: Tensor | None
+    inputs_embeds: Tensor | None
+    encoded: dict[str, list[Item]] = field(default_factory=dict)
+
+
+@dataclass
+class Prefill:
+    """One pass through the language model that drops visual tokens at some layer."""
+
+    placed: list[Placed]
+    tokens: VisualTokens
+    budgets: list[int]
+    flat: Tensor  # int64 [T], CPU: visual tokens in the flattened [B, L]
+    attended: Tensor  # bool [B, L], CPU: no padding
+    mask: Tensor | None  # the caller's [B, seen + L]
+    cache: Any
+    stopwatch: Stopwatch
+    index: Tensor | None = None  # int64 [B, L'], the columns that go on; set when tokens were chosen
+    valid: Tensor | None = None  # bool [B, L'], which of them are tokens
+    kept: Tensor | None = None  # int64, packed
+
+    @property
+    def past(self) -> int:
+        """Tokens seen before this pass."""
+        return 0 if self.cache is None else self.cache.get_seq_length()
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """`[B, L, …]` cut to the columns that go on, `[B, L', …]`; B may be 1 for all."""
+        assert self.index is not None
+        index = self.index.to(tensor.device)
+        tensor = tensor.expand(len(index), *tensor.shape[1:])
+        index = index.reshape(*index.shape, *[1] * (tensor.dim() - 2)).expand(*index.shape, *tensor.shape[2:])
+        return tensor.gather(1, index)
+
+
+class Pruner:
+    """Prunes every prefill of a model until removed.
+
+    Watched: the encoder (what images and videos there are, its attention), the base model's arguments (where their
+    placeholders are), the language model's (to shorten them), and for methods inside the LLM the layers from
+    `layer + 1` on, which see the shorter sequence.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, plan: Plan, layer: int, encoder_layer: int | None) -> None:
+        self.plan, self.family, self.layer = plan, family, layer
+        self.base: Any = model.base_model
+        self.language_model: Any = self.base.language_model
+        self.last: Selection | None = None
+        self._forward: Forward | None = None
+        self._prefill: Prefill | None = None
+        self._attention: list[Tensor] = []
+        self._shorter: dict[str, Any] | None = None  # what the layers after a pruning inside the LLM are given
+        self._undo: list[Callable[[], None]] = []
+        try:
+            self._install(model, encoder_layer)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _install(self, model: nn.Module, encoder_layer: int | None) -> None:
+        self._before(model, self._check_call)
+        self._before(self.base, self._enter)
+        self._before(self.language_model, self._enter_language_model)
+        self._after(self.language_model, self._leave_language_model)
+        for index, layer in enumerate(self.language_model.layers):
+            self._before(layer, self._enter_layer, index)
+        for kind in KINDS:
+            if hasattr(self.base, f"get_{kind}_features"):
+                self._watch_encoder(kind, encoder_layer)
+        if self.plan.inside:
+            tap = Tap(self.language_model.layers[self.layer].self_attn, self._observe)
+            self._undo.append(tap.remove)
+            if hasattr(self.language_model, "_deepstack_process"):
+                self._replace(self.language_model, "_deepstack_process", self._deepstack)
+
+    def _before(self, module: nn.Module, hook: Callable[..., Any], *bound: Any) -> None:
+        handle = module.register_forward_pre_hook(
+            lambda _, args, kwargs: hook(*bound, args, dict(kwargs)), with_kwargs=True
+        )
+        self._undo.append(handle.remove)
+
+    def _after(self, module: nn.Module, hook: Callable[[], None]) -> None:
+        handle = module.register_forward_hook(lambda *_: hook(), always_call=True)
+        self._undo.append(handle.remove)
+
+    def _replace(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """An attribute of this one object, found before its class's method until removed."""
+        setattr(owner, name, make(getattr(owner, name)))
+        self._undo.append(lambda: delattr(owner, name))
+
+    # What the encoder delivers
+
+    def _watch_encoder(self, kind: str, layer: int | None) -> None:
+        def watched(encode: Callable[..., Any]) -> Callable[..., Any]:
+            signature = inspect.signature(encode)
+
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                calls = Calls(self.plan.backend)
+                tap = None
+                if layer is not None:
+                    tap = Tap(self.family.attention_modules(self.base)[layer], calls.observe)
+                try:
+                    output = encode(*args, **kwargs)
+                finally:
+                    if tap is not None:
+                        tap.remove()
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                self._note_items(kind, bound.arguments, output, calls if tap is not None else None)
+                return output
+
+            wrapper.__signature__ = signature  # type: ignore[attr-defined]  # generate chooses arguments by it
+            return wrapper
+
+        self._replace(self.base, f"get_{kind}_features", watched)
+
+    def _note_items(self, kind: str, arguments: Mapping[str, Any], output: Any, calls: Calls | None) -> None:
+        if not hasattr(output, "pooler_output"):
+            return  # a tuple, asked for by a caller of their own: the model itself never does
+        items = self.family.items(self.base, kind, arguments, output)
+        if calls is not None:
+            scores = self.family.scores(self.base, kind, arguments, output, calls)
+            items = [
+                Item(item.kind, item.positions, item.planes, score) for item, score in zip(items, scores, strict=True)
+            ]
+        setattr(output, _ITEMS, items)
+        if self._forward is not None:
+            self._forward.encoded[kind] = items
+
+    # What the model is called with
+
+    def _check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("labels") is not None:
+            raise ValueError("labels do not fit a pruned sequence: remove the pruning to compute a loss")
+
+    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(self.base.forward).bind(*args, **kwargs).arguments
+        self._forward = forward = Forward(given.get("input_ids"), given.get("inputs_embeds"))
+        for kind, output in (given.get("mm_encoder_outputs") or {}).items():
+            if output is not None and kind in KINDS:
+                if not hasattr(output, _ITEMS):
+                    raise ValueError(
+                        f"mm_encoder_outputs[{kind!r}] was encoded before prune(), or cut by prefill_chunk_size: "
+                        "a pruned model must encode its images itself and prefill in one piece"
+                    )
+                forward.encoded[kind] = getattr(output, _ITEMS)
+
+    def _enter_language_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        forward, self._forward = self._forward, None
+        self._leave_language_model()
+        prefill = None if forward is None else self._plan_prefill(forward, kwargs)
+        if prefill is None:
+            self._continue(kwargs)
+        elif self.plan.inside:
+            self._prefill = prefill
+        else:
+            self._shorten_inputs(prefill, kwargs)
+            self._prefill = prefill
+        return args, kwargs
+
+    def _leave_language_model(self) -> None:
+        self._prefill = self._shorter = None
+        self._attention = []
+
+    def _plan_prefill(self, forward: Forward, kwargs: dict[str, Any]) -> Prefill | None:
+        """The prefill to prune; None if there is nothing to drop."""
+        if not forward.encoded:
+            return None
+        embeds, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if cache is None and kwargs.get("use_cache", self.language_model.config.use_cache) is not False:
+            cache = kwargs["past_key_values"] = DynamicCache(config=self.language_model.config)
+        if getattr(cache, "is_compileable", False):
+            raise ValueError("a pruned model needs a cache that grows, such as DynamicCache: static ones do not fit")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"attention_mask must be [B, L] for a pruned model, got {got}")
+        kinds = self.family.kinds(self.base, forward.input_ids, forward.inputs_embeds).cpu()
+        rows, columns = kinds.shape
+        placed = place(kinds, forward.encoded, self.family.join_adjacent)
+        parts = segments(placed, self.plan.scope)
+        lengths = [len(part) for part in parts]
+        flat = torch.cat([one.row * columns + one.columns for one in placed])
+        prefill = Prefill(
+            placed=placed,
+            tokens=VisualTokens(embeds.flatten(0, 1).detach(), parts, forward.input_ids),
+            budgets=self.plan.budgets(lengths),
+            flat=flat,
+            attended=torch.ones(rows, columns, dtype=torch.bool)
+            if mask is None
+            else mask[:, -columns:].to("cpu", torch.bool),
+            mask=mask,
+            cache=cache,
+            stopwatch=Stopwatch(embeds.device),
+        )
+        if prefill.budgets == lengths:
+            self._report(prefill, columns, columns, "none")
+            return None
+        return prefill
+
+    # Choosing, and shortening what comes after
+
+    def _choose(self, prefill: Prefill, hidden: Tensor) -> None:
+        """Select among the visual tokens of `hidden`, `[B, L, D]`, and work out which columns go on."""
+        rows, columns = hidden.shape[:2]
+        flat = prefill.flat.to(hidden.device)
+        backend = self.plan.backend_for(hidden)
+        with prefill.stopwatch.running(), torch.no_grad():
+            prefill.tokens.features = hidden.detach().flatten(0, 1)[flat]
+            if self._attention:
+                prefill.tokens.attention = torch.cat(self._attention)
+            kept = self.plan.select(prefill.tokens, prefill.budgets)
+        stays = prefill.attended.cumsum(1) > 0  # what is not padding on the left
+        lengths = stays.sum(1) - torch.bincount(prefill.flat // columns, minlength=rows)
+        for segment, budget in zip(prefill.tokens.segments, prefill.budgets, strict=True):
+            lengths[segment.row] += budget
+        stays.flatten()[prefill.flat] = False
+        goes_on = stays.to(hidden.device)
+        goes_on.flatten()[flat[kept]] = True
+        width = int(lengths.max())
+        # Dropped columns first; a shorter prompt is padded by some of them, masked.
+        prefill.index = goes_on.to(torch.int8).argsort(dim=1, stable=True)[:, columns - width :]
+        prefill.kept = kept
+        prefill.valid = (goes_on & prefill.attended.to(hidden.device)).gather(1, prefill.index)
+        self._padded = bool((lengths != width).any()) or not bool(prefill.attended[stays].all())
+        self._report(prefill, columns, width, backend)
+
+    def _report(self, prefill: Prefill, before: int, after: int, backend: str) -> None:
+        parts = prefill.tokens.segments
+        counts = [len(part.items) for part in parts]
+        queue = iter(prefill.placed)
+        self.last = Selection(
+            rows=[part.row for part in parts],
+            counts=list(zip(prefill.tokens.lengths, prefill.budgets, strict=True)),
+            items=[[len(item) for item in part.items] for part in parts],
+            length=(before, after),
+            backend=backend,
+            columns=[torch.cat([next(queue).columns for _ in range(count)]) for count in counts],
+            packed=prefill.kept,
+            stopwatch=prefill.stopwatch,
+        )
+
+    def _shorten_inputs(self, prefill: Prefill, kwargs: dict[str, Any]) -> None:
+        """Everything that the language model is given, before its first layer."""
+        embeds = kwargs["inputs_embeds"]
+        self._choose(prefill, embeds)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(embeds.shape[1], device=embeds.device)[None] + prefill.past
+        if positions.dim() == 3:
+            # Without the row of text positions that generate puts first: what is not consecutive would count as packed.
+            positions = positions[-3:].permute(1, 2, 0)
+            kwargs["position_ids"] = prefill.take(positions).permute(2, 0, 1)
+        else:
+            kwargs["position_ids"] = prefill.take(positions)
+        kwargs["inputs_embeds"] = prefill.take(embeds)
+        self.family.keep_extras(self.base, kwargs, prefill.kept, prefill.index, prefill.valid)
+        kwargs["attention_mask"] = self._record(prefill, first_layer=0)
+
+    def _record(self, prefill: Prefill, first_layer: int) -> Tensor | None:
+        """Note on the cache what was dropped; the mask `[B, held + L']` of the shorter sequence, None if all valid."""
+        cache, index, valid = prefill.cache, prefill.index, prefill.valid
+        assert index is not None and valid is not None
+        held = caches.length(cache, first_layer)
+        past = caches.valid_past(cache, first_layer, prefill.mask, len(index), valid.device)
+        padded = self._padded or past is not None
+        if past is None:
+            past = valid.new_ones(len(index), held)
+        mask = torch.cat([past, valid], dim=1)
+        if cache is None:
+            return mask
+        before = caches.pruned(cache)
+        if before is not None and before.first_layer != first_layer:
+            raise ValueError(f"the cache was pruned from layer {before.first_layer} on, not from {first_layer}")
+        removed = prefill.attended.shape[1] - index.shape[1] + (before.removed if before is not None else 0)
+        caches.record(cache, caches.Pruned(first_layer, removed, mask.shape[1], mask if padded else None))
+        return mask if padded else None
+
+    def _continue(self, kwargs: dict[str, Any]) -> None:
+        """Decoding, or more text, on a cache that was pruned: the caller's mask counts what the cache lacks."""
+        cache = kwargs.get("past_key_values")
+        before = caches.pruned(cache)
+        if before is None:
+            return
+        embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        past = caches.valid_past(cache, before.first_layer, mask, len(embeds), embeds.device)
+        new = None if mask is None else mask[:, -embeds.shape[1] :].bool()
+        if past is None and new is None:
+            shorter = None
+        else:
+            ones = torch.ones(len(embeds), embeds.shape[1], dtype=torch.bool, device=embeds.device)
+            held = ones.new_ones(len(embeds), caches.length(cache, before.first_layer))
+            shorter = torch.cat([held if past is None else past, ones if new is None else new], dim=1)
+        if before.first_layer == 0:
+            kwargs["attention_mask"] = shorter
+        else:
+            self._shorter = {"attention_mask": self._causal_mask(embeds, shorter, cache, before.first_layer)}
+
+    # Inside the LLM
+
+    def _observe(self, query: Tensor, key: Tensor, scale: float, kwargs: dict[str, Any]) -> None:
+        """Attention of each prompt's last token, from the queries and keys of the layer before the pruning."""
+        prefill = self._prefill
+        if prefill is None:
+            return
+        columns = prefill.attended.shape[1]
+        past = key.shape[2] - columns
+        seen = None if prefill.mask is None else prefill.mask[:, :past].to("cpu", torch.bool)
+        rows = [one.row for one in prefill.placed]
+        with prefill.stopwatch.running(), torch.no_grad():
+            for row in dict.fromkeys(rows):
+                attended = prefill.attended[row]
+                if past:
+                    before = torch.ones(past, dtype=torch.bool) if seen is None else seen[row]
+                    attended = torch.cat([before, attended])
+                visible = attended.nonzero().flatten()
+                visual = torch.cat([one.columns for one in prefill.placed if one.row == row]) + past
+                self._attention.append(
+                    query_attention(
+                        query[row, :, visible[-1] - past].unsqueeze(0),
+                        _take(key[row], visible).transpose(0, 1),
+                        scale=scale,
+                        visual=torch.searchsorted(visible, visual).to(key.device),
+                        backend=self.plan.backend,
+                    )
+                )
+
+    def _enter_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._prefill is None and self._shorter is None:
+            return None
+        if not self.plan.inside:
+            kwargs["position_ids"] = None  # not consecutive: FlashAttention would take them for packed sequences
+            return args, kwargs
+        if index <= self.layer:
+            return None
+        if self._prefill is not None and self._shorter is None:
+            hidden = self._shorten_hidden(self._prefill, args[0], kwargs)
+            args = (hidden, *args[1:])
+        assert self._shorter is not None
+        kwargs.update(self._shorter)
+        return args, kwargs
+
+    def _shorten_hidden(self, prefill: Prefill, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Hidden states, rotary embeddings and mask at the first layer that sees fewer tokens."""
+        self._choose(prefill, hidden)
+        hidden = prefill.take(hidden)
+        mask = self._record(prefill, first_layer=self.layer + 1)
+        self._shorter = {
+            "attention_mask": self._causal_mask(hidden, mask, prefill.cache, self.layer + 1),
+            "position_embeddings": tuple(prefill.take(one) for one in kwargs["position_embeddings"]),
+            "position_ids": None,
+        }
+        return hidden
+
+    def _causal_mask(self, hidden: Tensor, mask: Tensor | None, cache: Any, layer: int) -> Any:
+        return create_causal_mask(
+            config=self.language_model.config,
+            inputs_embeds=hidden,
+            attention_mask=mask,
+            past_key_values=cache,
+            layer_idx=layer,
+        )
+
+    def _deepstack(self, process: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Qwen3-VL adds features of the encoder after its first layers: after the pruning, to fewer tokens."""
+
+        def shorter(hidden: Tensor, masks: Tensor, embeds: Tensor) -> Tensor:
+            prefill = self._prefill
+            if prefill is not None and prefill.index is not None:
+                kwargs = {"visual_pos_masks": masks, "deepstack_visual_embeds": [embeds]}
+                self.family.keep_extras(self.base, kwargs, prefill.kept, prefill.index, prefill.valid)
+                masks, (embeds,) = kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"]
+            return process(hidden, masks, embeds)
+
+        return shorter
+
+
+def _take(keys: Tensor, visible: Tensor) -> Tensor:
+    """The visible columns of `[H, L, d]`, a view if they adjoin."""
+    first, last = int(visible[0]), int(visible[-1])
+    if last - first + 1 == len(visible):
+        return keys[:, first : last + 1]
+    return keys[:, visible.to(keys.device)]

@@ -1,0 +1,91 @@
+"""What a pruned prefill tells of itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+class Stopwatch:
+    """Adds up times on a device; on a GPU without waiting for it until it is read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Times what runs inside."""
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start
+            return
+        stream = torch.cuda.current_stream(self.device)
+        events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        events[0].record(stream)
+        yield
+        events[1].record(stream)
+        self._events.append(events)
+
+    @property
+    def seconds(self) -> float:
+        """The sum so far; on a GPU this waits for it."""
+        for start, end in self._events:
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1000
+        self._events.clear()
+        return self._seconds
+
+
+@dataclass
+class Selection:
+    """What was kept in one prefill, segment by segment: an image or video, or all of a prompt, by the `scope`.
+
+    `rows`: each segment's prompt; `counts`: (tokens, kept) of each; `items`: tokens of each image and video of each;
+    `backend`: what chose, or "none" where everything was kept; `length`: columns of the sequence (before, after).
+    """
+
+    rows: list[int]
+    counts: list[tuple[int, int]]
+    items: list[list[int]]
+    length: tuple[int, int]
+    backend: str
+    columns: list[Tensor] = field(repr=False)  # int64 [n], CPU: where each segment's tokens stand in the prompt
+    packed: Tensor | None = field(repr=False)  # int64 [sum of kept], packed indices; None for all
+    stopwatch: Stopwatch = field(repr=False)
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens before pruning."""
+        return sum(n for n, _ in self.counts)
+
+    @property
+    def tokens_kept(self) -> int:
+        """Visual tokens after pruning."""
+        return sum(k for _, k in self.counts)
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """int64 `[k]` of each segment, on the CPU: ascending indices among its tokens."""
+        if self.packed is None:
+            return [torch.arange(n) for n, _ in self.counts]
+        parts = self.packed.cpu().split([k for _, k in self.counts])
+        starts = torch.tensor([0, *(n for n, _ in self.counts)]).cumsum(0).tolist()
+        return [part - start for part, start in zip(parts, starts, strict=False)]
+
+    @property
+    def positions(self) -> list[Tensor]:
+        """int64 `[k]` of each segment, on the CPU: the columns of its prompt where the kept tokens stood."""
+        return [columns[kept] for columns, kept in zip(self.columns, self.kept, strict=True)]
+
+    @property
+    def seconds(self) -> float:
+        """Time of the importance and selection of this prefill; on a GPU reading it waits for the GPU."""
+        return self.stopwatch.seconds
