@@ -11,7 +11,7 @@ _EXTRA = {"typer", "rich", "PIL", "skimage", "matplotlib"}
 def main() -> None:
     """Entry point of the `flashprune` command."""
     try:
-        from .commands import app
+        from .model_commands import app
 
         app(prog_name="flashprune")
     except ModuleNotFoundError as error:
@@ -24,7 +24,7 @@ def main() -> None:
 
 def __getattr__(name: str) -> Any:
     if name == "app":
-        from .commands import app
+        from .model_commands import app
 
         return app
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
