@@ -8,6 +8,7 @@ from .dispatch import backends
 from .importance import debias, minmax, query_attention, received_attention, resize_prior, soft_topk
 from .methods import cdpruner, d2pruner, divprune, fastv, idpruner, naive_hybrid
 from .positions import pack_positions, unpack_positions
+from .relevance import text_relevance
 from .scorer import VisionSelector
 from .selectors import dpp_select, maxmin_select, mis_select, mmr_select, topk_select
 from .workspaces import workspace
@@ -43,6 +44,7 @@ __all__ = [
     "resize_prior",
     "soft_topk",
     "testing",
+    "text_relevance",
     "topk_select",
     "unpack_positions",
     "workspace",

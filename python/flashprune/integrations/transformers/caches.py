@@ -29,7 +29,7 @@ class Pruned:
 class PrunedCache(Cache):
     """Mixed into the class of a cache whose prompt was pruned."""
 
-    pruned: Pruned
+    pruned: Pruned  # set by `record`
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, pruned ones included: what positions count."""
@@ -40,7 +40,7 @@ class PrunedCache(Cache):
         """Columns held: what masks count."""
         return length(self, layer_idx)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         self._take_rows(beam_idx)
 
@@ -62,11 +62,19 @@ class PrunedCache(Cache):
             self.pruned.valid = self.pruned.valid[rows.to(self.pruned.valid.device)]
 
 
-def record(cache: Cache, pruned: Pruned) -> None:
-    """Note on a cache what was pruned from it."""
-    if not isinstance(cache, PrunedCache):
+def record(cache: Any, first_layer: int, removed: int, columns: int, valid: Tensor | None) -> None:
+    """Note on a cache that a prefill removed columns, and that its layers from `first_layer` on will hold `columns`.
+
+    ValueError if it was pruned from another layer on before.
+    """
+    before = pruned(cache)
+    if before is not None and before.first_layer != first_layer:
+        raise ValueError(f"the cache was pruned from layer {before.first_layer} on, not from {first_layer}")
+    if before is None:
         cache.__class__ = _pruned_class(type(cache))
-    cache.pruned = pruned
+    else:
+        removed += before.removed
+    cache.pruned = Pruned(first_layer, removed, columns, valid)
 
 
 def pruned(cache: Any) -> Pruned | None:
@@ -74,7 +82,7 @@ def pruned(cache: Any) -> Pruned | None:
     return cache.pruned if isinstance(cache, PrunedCache) else None
 
 
-def length(cache: Cache | None, layer: int) -> int:
+def length(cache: Any, layer: int) -> int:
     """Columns that a layer's cache holds."""
     if cache is None or layer >= len(cache.layers):
         return 0
@@ -100,6 +108,19 @@ def valid_past(cache: Cache | None, layer: int, mask: Tensor | None, rows: int, 
     return ones
 
 
+def valid(cache: Any, layer: int, mask: Tensor | None, rows: int, new: int, device: torch.device) -> Tensor | None:
+    """bool `[B, columns + new]`: as `valid_past`, followed by new tokens; None if there is no padding."""
+    past = valid_past(cache, layer, mask, rows, device)
+    if past is None and mask is None:
+        return None
+    ones = torch.ones(rows, length(cache, layer) + new, dtype=torch.bool, device=device)
+    if past is not None:
+        ones[:, : past.shape[1]] = past
+    if mask is not None:
+        ones[:, -new:] = mask[:, -new:].bool()
+    return ones
+
+
 @functools.cache
-def _pruned_class(kind: type[Cache]) -> type[Cache]:
+def _pruned_class(kind: Any) -> type[Cache]:
     return type(f"Pruned{kind.__name__}", (PrunedCache, kind), {})

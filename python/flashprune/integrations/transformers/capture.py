@@ -25,9 +25,9 @@ class Tap:
     """
 
     def __init__(self, module: nn.Module, observer: Observer) -> None:
-        self.module = module
+        self.module: Any = module
         self.observer = observer
-        module.config = _Config(module.config, self)
+        self.module.config = _Config(self.module.config, self)
 
     def remove(self) -> None:
         """The module's own config is back."""
@@ -52,7 +52,7 @@ class _Config:
         return name
 
 
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     config = module.config
     tap, module.config = config._tap, config._original  # FlashAttention reads its own name there
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from .capture import attention_modules
 from .encoders import Calls
+from .prefill import Cut
 from .tokens import KINDS, Item
 
 
@@ -37,6 +38,10 @@ class Family:
 
     def scores(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any, calls: Calls) -> list[Tensor]:
         """`[n]` for each of `items`, from the attention of the encoder's layer that `calls` saw."""
+        raise NotImplementedError
+
+    def packed(self, base: Any, arguments: Mapping[str, Any], tiles: Tensor) -> list[Tensor]:
+        """`[tiles, n, C]`, something of each of a tower's tokens, as `[n, C]` for each of `items`; newlines get 0."""
         raise NotImplementedError
 
     def kinds(self, base: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -66,8 +71,8 @@ class Family:
         selected = selected[-1] if isinstance(selected, list | tuple) else selected
         return selected + len(self.attention_modules(base)) if selected < 0 else selected - 1
 
-    def keep_extras(self, base: Any, kwargs: dict[str, Any], kept: Tensor, index: Tensor, valid: Tensor) -> None:
-        """Shorten what else the language model is given: `kept` visual tokens, columns `[B, L']` that are `valid`."""
+    def keep_extras(self, kwargs: dict[str, Any], cut: Cut) -> None:
+        """Shorten what else the language model is given, if anything."""
 
 
 class Llava(Family):
@@ -76,11 +81,13 @@ class Llava(Family):
     model_types = ("llava",)
 
     def items(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any) -> list[Item]:
-        sizes = arguments.get("image_sizes")
-        if sizes is not None:
-            patch = base.vision_tower.patch_size
-            return [Item.of_planes(kind, [(h // patch, w // patch)]) for h, w in torch.as_tensor(sizes).tolist()]
+        if self._one_sequence(base):
+            sizes, patch = torch.as_tensor(arguments["image_sizes"]).tolist(), base.config.vision_config.patch_size
+            return [Item.of_planes(kind, [(h // patch, w // patch)]) for h, w in sizes]
         return [self._square(kind, len(tokens)) for tokens in output.pooler_output]
+
+    def _one_sequence(self, base: Any) -> bool:
+        return base.config.vision_config.model_type == "pixtral"
 
     def _square(self, kind: str, count: int) -> Item:
         side = math.isqrt(count)
@@ -90,10 +97,14 @@ class Llava(Family):
         return Item.of_planes(kind, [(1, 1), (side, side)])  # the CLS token first
 
     def scores(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any, calls: Calls) -> list[Tensor]:
-        if arguments.get("image_sizes") is not None:
-            items = self.items(base, kind, arguments, output)
-            return list(calls.received([len(item) for item in items]).split([len(item) for item in items]))
-        return list(self._tiles(base, calls))
+        if self._one_sequence(base):
+            lengths = [len(item) for item in self.items(base, kind, arguments, output)]
+            return list(calls.received(lengths).split(lengths))
+        tiles = self._tiles(base, calls).unsqueeze(-1)
+        return [one.flatten() for one in self.packed(base, arguments, tiles)]
+
+    def packed(self, base: Any, arguments: Mapping[str, Any], tiles: Tensor) -> list[Tensor]:
+        return list(tiles)
 
     def _tiles(self, base: Any, calls: Calls) -> Tensor:
         """`[tiles, n]`: a score for each token that the tower's selected layer delivers."""
@@ -111,9 +122,9 @@ class LlavaNext(Llava):
 
     def items(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any) -> list[Item]:
         """The grid is read off the model's own packing, done on ones with newlines of zero."""
-        tiles = self._tiles_of_images(base, arguments)
         side = base.config.vision_config.image_size // base.config.vision_config.patch_size
-        marks = self._packed(base, arguments, [torch.ones(count, side * side, 1) for count in tiles])
+        tiles = torch.ones(sum(self._tiles_of_images(base, arguments)), side * side, 1)
+        marks = self.packed(base, arguments, tiles)
         return [self._item(kind, side, mark.flatten().round().tolist()) for mark in marks]
 
     def _item(self, kind: str, side: int, marks: list[float]) -> Item:
@@ -123,13 +134,8 @@ class LlavaNext(Llava):
         width, rows = rest.index(0.0), rest.count(0.0)
         return Item.of_planes(kind, [(side, side), (rows, width)], newlines=[1])
 
-    def scores(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any, calls: Calls) -> list[Tensor]:
-        """A newline stands for no patch and has received no attention: 0."""
-        scores = self._tiles(base, calls).unsqueeze(-1)
-        packed = self._packed(base, arguments, list(scores.split(self._tiles_of_images(base, arguments))))
-        return [one.flatten() for one in packed]
-
-    def _packed(self, base: Any, arguments: Mapping[str, Any], tiles: Sequence[Tensor]) -> list[Tensor]:
+    def packed(self, base: Any, arguments: Mapping[str, Any], tiles: Tensor) -> list[Tensor]:
+        """By the model's own packing. A newline stands for no patch and has received no attention: 0."""
         packing = inspect.signature(base.pack_image_features).parameters
         names = ("vision_feature_select_strategy", "vision_aspect_ratio")
         options = {
@@ -137,8 +143,9 @@ class LlavaNext(Llava):
             for name in names
             if name in packing
         }
-        newline = tiles[0].new_zeros(1)
-        return base.pack_image_features(tiles, arguments["image_sizes"], image_newline=newline, **options)[0]
+        images = tiles.split(self._tiles_of_images(base, arguments))
+        newline = tiles.new_zeros(tiles.shape[-1])
+        return base.pack_image_features(images, arguments["image_sizes"], image_newline=newline, **options)[0]
 
     def _tiles_of_images(self, base: Any, arguments: Mapping[str, Any]) -> list[int]:
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
@@ -244,12 +251,12 @@ class Qwen3VL(Qwen2VL):
 
     model_types = ("qwen3_vl",)
 
-    def keep_extras(self, base: Any, kwargs: dict[str, Any], kept: Tensor, index: Tensor, valid: Tensor) -> None:
-        if kwargs.get("visual_pos_masks") is not None:
-            kwargs["visual_pos_masks"] = kwargs["visual_pos_masks"].to(index.device).gather(1, index) & valid
+    def keep_extras(self, kwargs: dict[str, Any], cut: Cut) -> None:
         if kwargs.get("deepstack_visual_embeds") is not None:
+            masks = kwargs["visual_pos_masks"]
+            kwargs["visual_pos_masks"] = cut.take(masks) & cut.valid.to(masks.device)
             kwargs["deepstack_visual_embeds"] = [
-                embeds.index_select(0, kept.to(embeds.device)) for embeds in kwargs["deepstack_visual_embeds"]
+                embeds.index_select(0, cut.kept.to(embeds.device)) for embeds in kwargs["deepstack_visual_embeds"]
             ]
 
 

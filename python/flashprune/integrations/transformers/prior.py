@@ -35,12 +35,13 @@ class Prior:
         return torch.cat([self._of(item) for item in items])
 
     def _of(self, item: Item) -> Tensor:
-        planes, (h, w) = [], self.maps.shape[1:]
+        planes: list[Tensor] = []
+        h, w = self.maps.shape[1:]
         for t, (new_h, new_w) in enumerate(item.planes):
             plane = self.maps[min(t, len(self.maps) - 1)].flatten()
             planes.append(resize_prior(plane, (h, w), (new_h, new_w)) * (h * w / (new_h * new_w)))
-        starts = torch.tensor([0, *(h * w for h, w in item.planes)]).cumsum(0)
-        widths = torch.tensor([w for _, w in item.planes])
+        starts = torch.tensor([0, *map(len, planes)]).cumsum(0)
+        widths = torch.tensor([width for _, width in item.planes])
         t, y, x = item.positions.long().unbind(1)
         x = torch.minimum(x, widths[t] - 1)  # a newline's neighbour
         return torch.cat(planes)[starts[t] + y * widths[t] + x]

@@ -17,9 +17,10 @@ from . import caches
 from .capture import Tap
 from .encoders import Calls
 from .families import Family
+from .prefill import Prefill
 from .report import Selection, Stopwatch
 from .selection import Plan
-from .tokens import KINDS, Item, Placed, VisualTokens, place, segments
+from .tokens import KINDS, Item, VisualTokens, place, segments
 
 _ITEMS = "flashprune_items"  # on an encoder's output: its images and videos
 
@@ -33,36 +34,6 @@ class Forward:
     encoded: dict[str, list[Item]] = field(default_factory=dict)
 
 
-@dataclass
-class Prefill:
-    """One pass through the language model that drops visual tokens at some layer."""
-
-    placed: list[Placed]
-    tokens: VisualTokens
-    budgets: list[int]
-    flat: Tensor  # int64 [T], CPU: visual tokens in the flattened [B, L]
-    attended: Tensor  # bool [B, L], CPU: no padding
-    mask: Tensor | None  # the caller's [B, seen + L]
-    cache: Any
-    stopwatch: Stopwatch
-    index: Tensor | None = None  # int64 [B, L'], the columns that go on; set when tokens were chosen
-    valid: Tensor | None = None  # bool [B, L'], which of them are tokens
-    kept: Tensor | None = None  # int64, packed
-
-    @property
-    def past(self) -> int:
-        """Tokens seen before this pass."""
-        return 0 if self.cache is None else self.cache.get_seq_length()
-
-    def take(self, tensor: Tensor) -> Tensor:
-        """`[B, L, …]` cut to the columns that go on, `[B, L', …]`; B may be 1 for all."""
-        assert self.index is not None
-        index = self.index.to(tensor.device)
-        tensor = tensor.expand(len(index), *tensor.shape[1:])
-        index = index.reshape(*index.shape, *[1] * (tensor.dim() - 2)).expand(*index.shape, *tensor.shape[2:])
-        return tensor.gather(1, index)
-
-
 class Pruner:
     """Prunes every prefill of a model until removed.
 
@@ -71,7 +42,7 @@ class Pruner:
     `layer + 1` on, which see the shorter sequence.
     """
 
-    def __init__(self, model: nn.Module, family: Family, plan: Plan, layer: int, encoder_layer: int | None) -> None:
+    def __init__(self, model: Any, family: Family, plan: Plan, layer: int, encoder_layer: int | None) -> None:
         self.plan, self.family, self.layer = plan, family, layer
         self.base: Any = model.base_model
         self.language_model: Any = self.base.language_model
@@ -212,103 +183,15 @@ class Pruner:
         kinds = self.family.kinds(self.base, forward.input_ids, forward.inputs_embeds).cpu()
         rows, columns = kinds.shape
         placed = place(kinds, forward.encoded, self.family.join_adjacent)
-        parts = segments(placed, self.plan.scope)
-        lengths = [len(part) for part in parts]
-        flat = torch.cat([one.row * columns + one.columns for one in placed])
-        prefill = Prefill(
-            placed=placed,
-            tokens=VisualTokens(embeds.flatten(0, 1).detach(), parts, forward.input_ids),
-            budgets=self.plan.budgets(lengths),
-            flat=flat,
-            attended=torch.ones(rows, columns, dtype=torch.bool)
-            if mask is None
-            else mask[:, -columns:].to("cpu", torch.bool),
-            mask=mask,
-            cache=cache,
-            stopwatch=Stopwatch(embeds.device),
+        attended = (
+            torch.ones(rows, columns, dtype=torch.bool) if mask is None else mask[:, -columns:].to("cpu", torch.bool)
         )
-        if prefill.budgets == lengths:
-            self._report(prefill, columns, columns, "none")
+        tokens = VisualTokens(embeds[:0, 0], segments(placed, self.plan.scope), forward.input_ids)
+        prefill = Prefill(self.plan, placed, tokens, attended, mask, cache, Stopwatch(embeds.device))
+        if prefill.budgets == tokens.lengths:
+            self.last = prefill.selection(embeds)
             return None
         return prefill
-
-    # Choosing, and shortening what comes after
-
-    def _choose(self, prefill: Prefill, hidden: Tensor) -> None:
-        """Select among the visual tokens of `hidden`, `[B, L, D]`, and work out which columns go on."""
-        rows, columns = hidden.shape[:2]
-        flat = prefill.flat.to(hidden.device)
-        backend = self.plan.backend_for(hidden)
-        with prefill.stopwatch.running(), torch.no_grad():
-            prefill.tokens.features = hidden.detach().flatten(0, 1)[flat]
-            if self._attention:
-                prefill.tokens.attention = torch.cat(self._attention)
-            kept = self.plan.select(prefill.tokens, prefill.budgets)
-        stays = prefill.attended.cumsum(1) > 0  # what is not padding on the left
-        lengths = stays.sum(1) - torch.bincount(prefill.flat // columns, minlength=rows)
-        for segment, budget in zip(prefill.tokens.segments, prefill.budgets, strict=True):
-            lengths[segment.row] += budget
-        stays.flatten()[prefill.flat] = False
-        goes_on = stays.to(hidden.device)
-        goes_on.flatten()[flat[kept]] = True
-        width = int(lengths.max())
-        # Dropped columns first; a shorter prompt is padded by some of them, masked.
-        prefill.index = goes_on.to(torch.int8).argsort(dim=1, stable=True)[:, columns - width :]
-        prefill.kept = kept
-        prefill.valid = (goes_on & prefill.attended.to(hidden.device)).gather(1, prefill.index)
-        self._padded = bool((lengths != width).any()) or not bool(prefill.attended[stays].all())
-        self._report(prefill, columns, width, backend)
-
-    def _report(self, prefill: Prefill, before: int, after: int, backend: str) -> None:
-        parts = prefill.tokens.segments
-        counts = [len(part.items) for part in parts]
-        queue = iter(prefill.placed)
-        self.last = Selection(
-            rows=[part.row for part in parts],
-            counts=list(zip(prefill.tokens.lengths, prefill.budgets, strict=True)),
-            items=[[len(item) for item in part.items] for part in parts],
-            length=(before, after),
-            backend=backend,
-            columns=[torch.cat([next(queue).columns for _ in range(count)]) for count in counts],
-            packed=prefill.kept,
-            stopwatch=prefill.stopwatch,
-        )
-
-    def _shorten_inputs(self, prefill: Prefill, kwargs: dict[str, Any]) -> None:
-        """Everything that the language model is given, before its first layer."""
-        embeds = kwargs["inputs_embeds"]
-        self._choose(prefill, embeds)
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.arange(embeds.shape[1], device=embeds.device)[None] + prefill.past
-        if positions.dim() == 3:
-            # Without the row of text positions that generate puts first: what is not consecutive would count as packed.
-            positions = positions[-3:].permute(1, 2, 0)
-            kwargs["position_ids"] = prefill.take(positions).permute(2, 0, 1)
-        else:
-            kwargs["position_ids"] = prefill.take(positions)
-        kwargs["inputs_embeds"] = prefill.take(embeds)
-        self.family.keep_extras(self.base, kwargs, prefill.kept, prefill.index, prefill.valid)
-        kwargs["attention_mask"] = self._record(prefill, first_layer=0)
-
-    def _record(self, prefill: Prefill, first_layer: int) -> Tensor | None:
-        """Note on the cache what was dropped; the mask `[B, held + L']` of the shorter sequence, None if all valid."""
-        cache, index, valid = prefill.cache, prefill.index, prefill.valid
-        assert index is not None and valid is not None
-        held = caches.length(cache, first_layer)
-        past = caches.valid_past(cache, first_layer, prefill.mask, len(index), valid.device)
-        padded = self._padded or past is not None
-        if past is None:
-            past = valid.new_ones(len(index), held)
-        mask = torch.cat([past, valid], dim=1)
-        if cache is None:
-            return mask
-        before = caches.pruned(cache)
-        if before is not None and before.first_layer != first_layer:
-            raise ValueError(f"the cache was pruned from layer {before.first_layer} on, not from {first_layer}")
-        removed = prefill.attended.shape[1] - index.shape[1] + (before.removed if before is not None else 0)
-        caches.record(cache, caches.Pruned(first_layer, removed, mask.shape[1], mask if padded else None))
-        return mask if padded else None
 
     def _continue(self, kwargs: dict[str, Any]) -> None:
         """Decoding, or more text, on a cache that was pruned: the caller's mask counts what the cache lacks."""
@@ -317,18 +200,29 @@ class Pruner:
         if before is None:
             return
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        past = caches.valid_past(cache, before.first_layer, mask, len(embeds), embeds.device)
-        new = None if mask is None else mask[:, -embeds.shape[1] :].bool()
-        if past is None and new is None:
-            shorter = None
-        else:
-            ones = torch.ones(len(embeds), embeds.shape[1], dtype=torch.bool, device=embeds.device)
-            held = ones.new_ones(len(embeds), caches.length(cache, before.first_layer))
-            shorter = torch.cat([held if past is None else past, ones if new is None else new], dim=1)
+        shorter = caches.valid(cache, before.first_layer, mask, len(embeds), embeds.shape[1], embeds.device)
         if before.first_layer == 0:
             kwargs["attention_mask"] = shorter
         else:
             self._shorter = {"attention_mask": self._causal_mask(embeds, shorter, cache, before.first_layer)}
+
+    # Before the LLM
+
+    def _shorten_inputs(self, prefill: Prefill, kwargs: dict[str, Any]) -> None:
+        """Everything that the language model is given."""
+        embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
+        cut = prefill.choose(embeds)
+        self.last = prefill.selection(embeds)
+        if positions is None:
+            positions = torch.arange(embeds.shape[1], device=embeds.device)[None] + prefill.past
+        if positions.dim() == 3:
+            # Without the row of text positions that generate puts first: what is not consecutive would count as packed.
+            kwargs["position_ids"] = cut.take(positions[-3:].permute(1, 2, 0)).permute(2, 0, 1)
+        else:
+            kwargs["position_ids"] = cut.take(positions)
+        kwargs["inputs_embeds"] = cut.take(embeds)
+        kwargs["attention_mask"] = prefill.record(cut, first_layer=0)
+        self.family.keep_extras(kwargs, cut)
 
     # Inside the LLM
 
@@ -376,12 +270,14 @@ class Pruner:
 
     def _shorten_hidden(self, prefill: Prefill, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Hidden states, rotary embeddings and mask at the first layer that sees fewer tokens."""
-        self._choose(prefill, hidden)
-        hidden = prefill.take(hidden)
-        mask = self._record(prefill, first_layer=self.layer + 1)
+        prefill.tokens.attention = torch.cat(self._attention)
+        cut = prefill.choose(hidden)
+        self.last = prefill.selection(hidden)
+        hidden = cut.take(hidden)
+        mask = prefill.record(cut, first_layer=self.layer + 1)
         self._shorter = {
             "attention_mask": self._causal_mask(hidden, mask, prefill.cache, self.layer + 1),
-            "position_embeddings": tuple(prefill.take(one) for one in kwargs["position_embeddings"]),
+            "position_embeddings": tuple(cut.take(one) for one in kwargs["position_embeddings"]),
             "position_ids": None,
         }
         return hidden
@@ -399,10 +295,10 @@ class Pruner:
         """Qwen3-VL adds features of the encoder after its first layers: after the pruning, to fewer tokens."""
 
         def shorter(hidden: Tensor, masks: Tensor, embeds: Tensor) -> Tensor:
-            prefill = self._prefill
-            if prefill is not None and prefill.index is not None:
-                kwargs = {"visual_pos_masks": masks, "deepstack_visual_embeds": [embeds]}
-                self.family.keep_extras(self.base, kwargs, prefill.kept, prefill.index, prefill.valid)
+            cut = None if self._prefill is None else self._prefill.cut
+            if cut is not None:
+                kwargs: dict[str, Any] = {"visual_pos_masks": masks, "deepstack_visual_embeds": [embeds]}
+                self.family.keep_extras(kwargs, cut)
                 masks, (embeds,) = kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"]
             return process(hidden, masks, embeds)
 

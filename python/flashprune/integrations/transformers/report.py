@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .tokens import Item
+
 
 class Stopwatch:
     """Adds up times on a device; on a GPU without waiting for it until it is read."""
@@ -48,13 +50,14 @@ class Stopwatch:
 class Selection:
     """What was kept in one prefill, segment by segment: an image or video, or all of a prompt, by the `scope`.
 
-    `rows`: each segment's prompt; `counts`: (tokens, kept) of each; `items`: tokens of each image and video of each;
-    `backend`: what chose, or "none" where everything was kept; `length`: columns of the sequence (before, after).
+    `rows`: each segment's prompt; `counts`: (tokens, kept) of each; `items`: its images and videos, with the place of
+    each of their tokens; `backend`: what chose, or "none" where everything was kept; `length`: columns of the sequence
+    (before, after).
     """
 
     rows: list[int]
     counts: list[tuple[int, int]]
-    items: list[list[int]]
+    items: list[list[Item]] = field(repr=False)
     length: tuple[int, int]
     backend: str
     columns: list[Tensor] = field(repr=False)  # int64 [n], CPU: where each segment's tokens stand in the prompt
