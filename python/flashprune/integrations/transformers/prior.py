@@ -37,8 +37,8 @@ class Prior:
     def _of(self, item: Item) -> Tensor:
         planes: list[Tensor] = []
         h, w = self.maps.shape[1:]
-        for t, (new_h, new_w) in enumerate(item.planes):
-            plane = self.maps[min(t, len(self.maps) - 1)].flatten()
+        for index, (new_h, new_w) in enumerate(item.planes):
+            plane = self.maps[min(index, len(self.maps) - 1)].flatten()
             planes.append(resize_prior(plane, (h, w), (new_h, new_w)) * (h * w / (new_h * new_w)))
         starts = torch.tensor([0, *map(len, planes)]).cumsum(0)
         widths = torch.tensor([width for _, width in item.planes])
