@@ -7,13 +7,15 @@ masks of the pruned layers must fit what their caches hold.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
+
+
+_classes: dict[type[Cache], type[Cache]] = {}
 
 
 @dataclass
@@ -121,6 +123,7 @@ def valid(cache: Any, layer: int, mask: Tensor | None, rows: int, new: int, devi
     return ones
 
 
-@functools.cache
-def _pruned_class(kind: Any) -> type[Cache]:
-    return type(f"Pruned{kind.__name__}", (PrunedCache, kind), {})
+def _pruned_class(kind: type[Cache]) -> type[Cache]:
+    if kind not in _classes:
+        _classes[kind] = type(f"Pruned{kind.__name__}", (PrunedCache, kind), {})
+    return _classes[kind]

@@ -24,8 +24,8 @@ class Tap:
     changes, neither masks nor other layers, for SDPA, FlashAttention and eager attention alike.
     """
 
-    def __init__(self, module: nn.Module, observer: Observer) -> None:
-        self.module: Any = module
+    def __init__(self, module: Any, observer: Observer) -> None:
+        self.module = module
         self.observer = observer
         self.module.config = _Config(self.module.config, self)
 
