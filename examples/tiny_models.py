@@ -27,75 +27,39 @@ import transformers
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForImageTextToText,
-    CLIPVisionConfig,
-    InternVLConfig,
-    InternVLProcessor,
-    InternVLVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaNextConfig,
-    LlavaNextProcessor,
-    LlavaOnevisionConfig,
-    LlavaOnevisionProcessor,
-    LlavaProcessor,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    ProcessorMixin,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLProcessor,
-    Qwen2Config,
-    Qwen2VLConfig,
-    Qwen2VLProcessor,
-    Qwen3VLConfig,
-    Qwen3VLProcessor,
-    SiglipVisionConfig,
-)
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.utils import is_torchvision_available
 from transformers.video_utils import VideoMetadata
 
-FAMILIES = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+# Family: its processor, and the video processor of that.
+PROCESSORS = {
+    "llava": ("LlavaProcessor", None),
+    "llava_next": ("LlavaNextProcessor", None),
+    "llava_onevision": ("LlavaOnevisionProcessor", "LlavaOnevisionVideoProcessor"),
+    "internvl": ("InternVLProcessor", "InternVLVideoProcessor"),
+    "qwen2_vl": ("Qwen2VLProcessor", "Qwen2VLVideoProcessor"),
+    "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
+    "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+}
+FAMILIES = tuple(PROCESSORS)
+QWEN_VL = FAMILIES[4:]
 REAL = ("llava", "qwen2_5_vl")
 WIDTHS = ("tiny", "real")
 
-PROCESSORS: dict[str, type[ProcessorMixin]] = {
-    "llava": LlavaProcessor,
-    "llava_next": LlavaNextProcessor,
-    "llava_onevision": LlavaOnevisionProcessor,
-    "internvl": InternVLProcessor,
-    "qwen2_vl": Qwen2VLProcessor,
-    "qwen2_5_vl": Qwen2_5_VLProcessor,
-    "qwen3_vl": Qwen3VLProcessor,
-}
-VIDEO_PROCESSORS = {
-    InternVLProcessor: "InternVLVideoProcessor",
-    LlavaOnevisionProcessor: "LlavaOnevisionVideoProcessor",
-    Qwen2VLProcessor: "Qwen2VLVideoProcessor",
-    Qwen2_5_VLProcessor: "Qwen2VLVideoProcessor",
-    Qwen3VLProcessor: "Qwen3VLVideoProcessor",
-}
 if not is_torchvision_available():
-    for _processor_class in VIDEO_PROCESSORS:
-        _processor_class.get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])
+    for _name, _video in PROCESSORS.values():
+        if _video:
+            getattr(transformers, _name).get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])
 
 # The tokenizer's merges are learnt from this; any other text is spelt out byte by byte where needed.
 TEXT = """Describe the image. What is in the picture, and what is it next to? Read the text on the sign and say which
-colour it has. How many people are there in the photograph, and where do they stand? Answer the question with a single
-word. Compare the first image with the second one: what has changed between them, and what is the same in both? The
-video shows a rocket that stands on the ground, then rises. Please tell me what happens at the end of it."""
+colour it has. How many people are there in the photograph, and where do they stand? Answer the question with a word.
+Compare the first image with the second one: what has changed between them? What happens at the end of the video?"""
 
-# What stands for an image, what around it, and each family's way to write a conversation.
+# What stands for an image and for a video, and two ways to write a conversation.
 IMAGE = {family: "<image>" for family in FAMILIES[:3]} | {"internvl": "<IMG_CONTEXT>"}
-IMAGE |= {family: "<|image_pad|>" for family in FAMILIES[4:]}
-VIDEO = {"llava_onevision": "<video>", "internvl": "<video>"} | {family: "<|video_pad|>" for family in FAMILIES[4:]}
+IMAGE |= {family: "<|image_pad|>" for family in QWEN_VL}
+VIDEO = {"llava_onevision": "<video>", "internvl": "<video>"} | {family: "<|video_pad|>" for family in QWEN_VL}
 LLAVA_CHAT = """{% for message in messages %}{{ message.role.upper() }}: {% if message.content is string %}\
 {{ message.content }}{% else %}{% for part in message.content %}{% if part.type == 'image' %}IMAGE
 {% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endif %} {% endfor %}\
@@ -109,11 +73,7 @@ CHATML_CHAT = """{% for message in messages %}<|im_start|>{{ message.role }}
 
 
 def build(
-    family: str,
-    width: str = "tiny",
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    family: str, width: str = "tiny", seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A model with random weights, ready to run, and its processor.
 
@@ -129,11 +89,6 @@ def build(
 
     Raises:
         ValueError: an unknown family or width, or a family without a real width.
-
-    Example:
-        >>> model, processor = build("llava")
-        >>> model.config.text_config.hidden_size
-        64
     """
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
@@ -145,30 +100,25 @@ def build(
     config = make_config(family, width, tokenizer)
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-        randomize(model, tokenizer.all_special_ids)
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        randomize(model, list(tokenizer.added_tokens_decoder))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), make_processor(family, config, tokenizer)
 
 
 def save(
-    family: str,
-    folder: str | Path,
-    width: str = "tiny",
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    family: str, folder: str | Path, width: str = "tiny", seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> None:
     """Write a model and its processor of :func:`build` as a folder that Transformers' Auto classes load."""
     model, processor = build(family, width, seed, dtype)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    if type(processor) in VIDEO_PROCESSORS and not is_torchvision_available():
+    if family in VIDEO and not is_torchvision_available():
         # The part that this process does without: where torchvision is there, the folder loads like any other.
         path = Path(folder) / "processor_config.json"
-        config = json.loads(path.read_text())
-        config["video_processor"] = video_settings(type(processor), processor.image_processor)
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        settings = json.loads(path.read_text()) | {"video_processor": video_settings(family, processor.image_processor)}
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def inputs(
@@ -213,7 +163,7 @@ def video_inputs(
 
     Args:
         family: one of :data:`FAMILIES` with video.
-        model: of that family; says the frames' size.
+        model: of that family; the inputs go to its device.
         processor: of that family.
         frames: of one size, at least one.
         prompt: what the user says, without placeholders.
@@ -234,10 +184,9 @@ def video_inputs(
         tiles = [processor.image_processor([frame], return_tensors="pt")["pixel_values"][0, 0] for frame in frames]
         video["pixel_values_videos"] = torch.stack(tiles)[None]
     else:
-        patches, grid = patches_over_time(processor.image_processor, frames)
-        video = {"pixel_values_videos": patches, "video_grid_thw": grid}
-        times = list(range(len(frames)))
-        video["video_metadata"] = [VideoMetadata(total_num_frames=len(frames), fps=fps, frames_indices=times)]
+        times = VideoMetadata(total_num_frames=len(frames), fps=fps, frames_indices=list(range(len(frames))))
+        patches, grid = patches_over_time(processor.image_processor, frames, family == "qwen3_vl")
+        video = {"pixel_values_videos": patches, "video_grid_thw": grid, "video_metadata": [times]}
     writer = copy.copy(processor)
     writer.video_processor = processor.image_processor  # holds the sizes that replace_video_token asks for
     text = chat(processor, ["video"], prompt).replace(VIDEO[family], writer.replace_video_token(video, 0), 1)
@@ -245,24 +194,28 @@ def video_inputs(
     batch.pop("video_metadata", None)
     if family == "internvl":
         batch["pixel_values"] = batch.pop("pixel_values_videos")[0]
-    if family in FAMILIES[4:]:
+    if family in QWEN_VL:
         batch["mm_token_type_ids"] = torch.tensor(processor.create_mm_token_type_ids(batch["input_ids"]))
     if family == "qwen2_5_vl":
         batch["second_per_grid_ts"] = torch.tensor([processor.image_processor.temporal_patch_size / fps])
-    return transformers.BatchFeature(batch)
+    return transformers.BatchFeature(batch).to(model.device)
 
 
-def patches_over_time(image_processor: Any, frames: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+def patches_over_time(images: Any, frames: Sequence[Image.Image], shared: bool) -> tuple[Tensor, Tensor]:
     """Qwen's patches of a video ``[t * h * w, C * 2 * p * p]``, and ``[[t, h, w]]``.
 
-    A patch spans two frames, and the image processor fills both with the one image: here the second comes from the
-    next frame. An odd last frame is repeated, as the video processor does.
+    A patch spans two frames, and the image processor ``images`` fills both with the one image: here the second comes
+    from the next frame. An odd last frame is repeated, as the video processor does. The limits on a frame's size are an
+    image's, or ``shared``: the whole video has the pixels of one pair of such frames. (Qwen3-VL's own video processor
+    lets an odd number of frames be a little larger.)
     """
-    span, side = image_processor.temporal_patch_size, image_processor.patch_size
+    span, side = images.temporal_patch_size, images.patch_size
     frames = [*frames, *[frames[-1]] * (-len(frames) % span)]
-    images = image_processor(frames, return_tensors="pt")
-    _, height, width = images["image_grid_thw"][0].tolist()
-    pixels = images["pixel_values"].view(-1, span, height * width, 3, span, side, side)
+    share = len(frames) // span if shared else 1
+    size = {edge: images.size[edge] // share for edge in ("shortest_edge", "longest_edge")}
+    batch = images(frames, size=size, return_tensors="pt")
+    _, height, width = batch["image_grid_thw"][0].tolist()
+    pixels = batch["pixel_values"].view(-1, span, height * width, 3, span, side, side)
     pixels = torch.stack([pixels[:, i, :, :, i] for i in range(span)], dim=3)
     return pixels.reshape(-1, 3 * span * side * side), torch.tensor([[len(frames) // span, height, width]])
 
@@ -291,27 +244,19 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
-    named = {"image_token": IMAGE[family]}
+    named = {"context_image_token" if family == "internvl" else "image_token": IMAGE[family]}
     if family in VIDEO:
         named["video_token"] = VIDEO[family]
     if family == "internvl":
-        named = {"context_image_token": IMAGE[family], "video_token": VIDEO[family]}
         named |= {"start_image_token": "<img>", "end_image_token": "</img>"}
-    elif family in FAMILIES[4:]:
+    elif family in QWEN_VL:
         named |= {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
-    llava = family in ("llava", "llava_next")
-    eos, pad = ("</s>", "<pad>") if llava else ("<|im_end|>", "<|endoftext|>")
-    special = [eos, pad, *([] if llava else ["<|im_start|>"]), *named.values()]
+    turns = ["</s>", "<pad>"] if family in ("llava", "llava_next") else ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]
+    eos, pad, *_ = special = [*turns, *named.values()]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=eos,
-        pad_token=pad,
-        padding_side="left",
-        extra_special_tokens=named,
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    options = {"eos_token": eos, "pad_token": pad, "extra_special_tokens": named, "padding_side": "left"}
+    options |= {"model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 
 def make_config(family: str, width: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
@@ -333,56 +278,44 @@ def make_config(family: str, width: str, tokenizer: PreTrainedTokenizerFast) -> 
             text |= {"num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5}
             vision |= {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "image_size": 336}
             vision |= {"num_attention_heads": 16, "projection_dim": 768}
-        return LlavaConfig(
-            vision_config=CLIPVisionConfig(**vision),
-            text_config=LlamaConfig(**text),
-            image_token_index=image_id,
-            image_seq_length=(vision["image_size"] // 14) ** 2,
-        )
+        towers = {"vision_config": transformers.CLIPVisionConfig(**vision)}
+        towers |= {"text_config": transformers.LlamaConfig(**text)}
+        tokens = (vision["image_size"] // vision["patch_size"]) ** 2
+        return transformers.LlavaConfig(**towers, image_token_index=image_id, image_seq_length=tokens)
     if family == "llava_next":
-        return LlavaNextConfig(
-            vision_config=CLIPVisionConfig(**vision, image_size=70, projection_dim=32),
-            text_config=MistralConfig(**text, sliding_window=None),
-            image_token_index=image_id,
-            image_seq_length=25,
-            image_grid_pinpoints=[[70, 140], [140, 70], [140, 140], [210, 70], [70, 210]],
-        )
+        towers = {"vision_config": transformers.CLIPVisionConfig(**vision, image_size=70, projection_dim=32)}
+        towers |= {"text_config": transformers.MistralConfig(**text, sliding_window=None)}
+        pinpoints = [[70, 140], [140, 70], [140, 140], [210, 70], [70, 210]]
+        return transformers.LlavaNextConfig(**towers, image_token_index=image_id, image_grid_pinpoints=pinpoints)
     if family == "llava_onevision":  # at most 2 tiles' worth of tokens: the larger grids are scaled down to that
-        return LlavaOnevisionConfig(
-            vision_config=SiglipVisionConfig(**vision, image_size=70, vision_use_head=False),
-            text_config=Qwen2Config(**text),
+        return transformers.LlavaOnevisionConfig(
+            vision_config=transformers.SiglipVisionConfig(**vision, image_size=70, vision_use_head=False),
+            text_config=transformers.Qwen2Config(**text),
             image_token_index=image_id,
             video_token_index=video_id,
             image_grid_pinpoints=[[70 * rows, 70 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)],
             vision_aspect_ratio="anyres_max_2",
         )
     if family == "internvl":
-        return InternVLConfig(
-            vision_config=InternVLVisionConfig(**vision, image_size=112),
-            text_config=Qwen2Config(**text),
-            image_token_id=image_id,
-            image_seq_length=16,
-            tie_word_embeddings=False,
+        return transformers.InternVLConfig(
+            vision_config=transformers.InternVLVisionConfig(**vision, image_size=112),
+            text_config=transformers.Qwen2Config(**text),
+            **{"image_token_id": image_id, "image_seq_length": 16, "tie_word_embeddings": False},
         )
 
-    special = {
-        "image_token_id": image_id,
-        "video_token_id": video_id,
-        "vision_start_token_id": tokenizer.vision_start_token_id,
-        "vision_end_token_id": tokenizer.vision_end_token_id,
-        "tie_word_embeddings": False,
-    }
+    special = {"image_token_id": image_id, "video_token_id": video_id, "tie_word_embeddings": False}
+    special |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("vision_start", "vision_end")}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
     tower: dict[str, Any] = {"depth": 4, "num_heads": 2}
     if family == "qwen2_vl":
         tower |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
-        return Qwen2VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=tower, **special)
+        return transformers.Qwen2VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=tower, **special)
     if family == "qwen3_vl":
         rope |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True, "rope_theta": 5e6}
         tower |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "num_position_embeddings": 256}
         tower |= {"deepstack_visual_indexes": [0, 1, 2]}
         text |= {"rope_parameters": rope, "head_dim": 16}
-        return Qwen3VLConfig(text_config=text, vision_config=tower, **special)
+        return transformers.Qwen3VLConfig(text_config=text, vision_config=tower, **special)
     # Windows of 4 x 4 tokens, as published: every image of more tokens is split.
     tower |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "window_size": 112}
     tower |= {"fullatt_block_indexes": [1, 3], "tokens_per_second": 2}
@@ -392,60 +325,63 @@ def make_config(family: str, width: str, tokenizer: PreTrainedTokenizerFast) -> 
         text |= {"num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 128000}
         tower |= {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584, "depth": 32}
         tower |= {"num_heads": 16, "fullatt_block_indexes": [7, 15, 23, 31]}
-    return Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=tower, **special)
+    return transformers.Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=tower, **special)
 
 
 def make_processor(family: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
     """The family's own processor, over the image processor that needs no torchvision."""
     template = CHATML_CHAT if family in FAMILIES[2:] else LLAVA_CHAT
-    start, end = ("<|vision_start|>", "<|vision_end|>") if family in FAMILIES[4:] else ("", "")
+    start, end = ("<|vision_start|>", "<|vision_end|>") if family in QWEN_VL else ("", "")
     template = template.replace("IMAGE", start + IMAGE[family] + end)
     if family in VIDEO:  # Qwen3-VL's processor puts the marks around every frame of a video by itself
         start, end = ("", "") if family == "qwen3_vl" else (start, end)
         template = template.replace("VIDEO", start + VIDEO[family] + end)
     vision, options = config.vision_config, {"chat_template": template}
 
-    if family in FAMILIES[4:]:
+    if family in QWEN_VL:
         side = 2 * vision.patch_size  # of the square that one token stands for
         shortest, longest = (16, 100) if config.text_config.hidden_size == 64 else (4, 16384)
         size = {"shortest_edge": shortest * side**2, "longest_edge": longest * side**2}
-        images = Qwen2VLImageProcessorPil(size=size, patch_size=vision.patch_size, temporal_patch_size=2, merge_size=2)
+        images = transformers.Qwen2VLImageProcessorPil(size=size, patch_size=vision.patch_size)
+        if family == "qwen3_vl":
+            images.image_mean = images.image_std = [0.5] * 3
     elif family == "internvl":
         height, width = vision.image_size
-        images = GotOcr2ImageProcessorPil(size={"height": height, "width": width}, crop_to_patches=True, max_patches=6)
+        images = transformers.GotOcr2ImageProcessorPil(
+            size={"height": height, "width": width}, crop_to_patches=True, max_patches=6
+        )
         options["image_seq_length"] = config.image_seq_length
     elif family == "llava_onevision":
         size = {"height": vision.image_size, "width": vision.image_size}
-        images = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=config.image_grid_pinpoints)
+        images = transformers.LlavaOnevisionImageProcessorPil(
+            size=size, image_grid_pinpoints=config.image_grid_pinpoints
+        )
         options |= {"num_image_tokens": (vision.image_size // vision.patch_size) ** 2}
         options |= {"vision_feature_select_strategy": "full", "vision_aspect_ratio": config.vision_aspect_ratio}
     else:
         crop = {"height": vision.image_size, "width": vision.image_size}
-        size = {"shortest_edge": vision.image_size}
+        sizes = {"size": {"shortest_edge": vision.image_size}, "crop_size": crop}
         if family == "llava":
-            images = LlavaImageProcessorPil(size=size, crop_size=crop)
+            images = transformers.LlavaImageProcessorPil(**sizes)
         else:
-            pinpoints = config.image_grid_pinpoints
-            images = LlavaNextImageProcessorPil(size=size, crop_size=crop, image_grid_pinpoints=pinpoints)
+            images = transformers.LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=config.image_grid_pinpoints)
         options |= {"patch_size": vision.patch_size, "num_additional_image_tokens": 1}
         options |= {"vision_feature_select_strategy": "default"}
-    make = PROCESSORS[family]
-    if make in VIDEO_PROCESSORS and is_torchvision_available():
-        settings = video_settings(make, images)
-        video_class = getattr(transformers, settings.pop("video_processor_type"))
-        options["video_processor"] = video_class(**settings)
-    return make(images, tokenizer, **options)
+    processor, video = PROCESSORS[family]
+    if video and is_torchvision_available():
+        settings = video_settings(family, images)
+        options["video_processor"] = getattr(transformers, settings.pop("video_processor_type"))(**settings)
+    return getattr(transformers, processor)(images, tokenizer, **options)
 
 
-def video_settings(processor_class: type[ProcessorMixin], images: Any) -> dict[str, Any]:
-    """What processor_config.json says of the video processor: the sizes of the image processor."""
-    size = dict(images.size)
-    settings = {"video_processor_type": VIDEO_PROCESSORS[processor_class], "size": size}
-    if "longest_edge" in size:
-        span = images.temporal_patch_size
-        settings |= {"patch_size": images.patch_size, "merge_size": images.merge_size, "temporal_patch_size": span}
-        if processor_class is Qwen3VLProcessor:  # counts the pixels of all frames that a patch spans
-            settings["size"] = {edge: span * pixels for edge, pixels in size.items()}
+def video_settings(family: str, images: Any) -> dict[str, Any]:
+    """What processor_config.json says of the video processor: the settings of the image processor ``images``."""
+    settings = {"video_processor_type": PROCESSORS[family][1], "size": dict(images.size)}
+    settings |= {"image_mean": list(images.image_mean), "image_std": list(images.image_std)}
+    if family in QWEN_VL:
+        settings |= {key: getattr(images, key) for key in ("patch_size", "merge_size", "temporal_patch_size")}
+    if family == "qwen3_vl":  # limits the pixels of all frames together
+        settings["size"] = {edge: images.temporal_patch_size * pixels for edge, pixels in dict(images.size).items()}
     return settings
 
 
