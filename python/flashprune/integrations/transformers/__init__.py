@@ -14,6 +14,7 @@ except ModuleNotFoundError as _error:
         name=_error.name,
     ) from _error
 
+from .clip import CLIPRelevance
 from .families import Family, register_family, supported
 from .prior import Prior
 from .prune import Handle, prune
@@ -21,6 +22,7 @@ from .report import Selection
 from .tokens import Item, VisualTokens
 
 __all__ = [
+    "CLIPRelevance",
     "Family",
     "Handle",
     "Item",

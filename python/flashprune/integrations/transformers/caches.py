@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-
 _classes: dict[type[Cache], type[Cache]] = {}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ... import budgets, checks
 from ...scorer import VisionSelector
+from .clip import CLIPRelevance
 from .families import Family, family_of
 from .prior import model_name, read_prior
 from .pruner import Pruner
@@ -84,6 +85,7 @@ def prune(
       its weights; `importance="received_attention"`, from layer `encoder_layer` of the vision encoder (by default the
       one that makes the features; in Qwen2.5-VL its last with full attention): what CLS pays where there is a CLS,
       else what each token receives; or `importance=callable`, which takes `VisualTokens` and returns one score a token.
+      For CDPruner's own importance, relevance to the prompt, see `CLIPRelevance`.
     - `prior`: D2Pruner's positional prior, a file from `flashprune calibrate` or `[h, w]` maps; without it the
       attention stays biased, and a warning says so.
     - `backend`: as for every function of `flashprune`.
@@ -149,6 +151,8 @@ def _importance(
         )
     if scorer is not None:
         return _scorer(scorer, width, base)
+    if isinstance(importance, CLIPRelevance):
+        importance.check(base)
     if callable(importance):
         return importance
     if importance != "received_attention":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.masking_utils import create_causal_mask
 from ...importance import query_attention
 from . import caches
 from .capture import Tap
+from .clip import CLIPRelevance
 from .encoders import Calls
 from .families import Family
 from .prefill import Prefill
@@ -101,18 +103,12 @@ class Pruner:
             signature = inspect.signature(encode)
 
             def wrapper(*args: Any, **kwargs: Any) -> Any:
-                calls = Calls(self.plan.backend)
-                tap = None
-                if layer is not None:
-                    tap = Tap(self.family.attention_modules(self.base)[layer], calls.observe)
-                try:
-                    output = encode(*args, **kwargs)
-                finally:
-                    if tap is not None:
-                        tap.remove()
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
-                self._note_items(kind, bound.arguments, output, calls if tap is not None else None)
+                with ExitStack() as watching:
+                    details = self._watch_details(watching, layer)
+                    output = encode(*args, **kwargs)
+                self._note_items(kind, bound.arguments, output, *details)
                 return output
 
             wrapper.__signature__ = signature  # type: ignore[attr-defined]  # generate chooses arguments by it
@@ -120,15 +116,31 @@ class Pruner:
 
         self._replace(self.base, f"get_{kind}_features", watched)
 
-    def _note_items(self, kind: str, arguments: Mapping[str, Any], output: Any, calls: Calls | None) -> None:
+    def _watch_details(self, watching: ExitStack, layer: int | None) -> tuple[Calls | None, list[Tensor]]:
+        """The attention of one layer, and what the tower hands to the projector, as far as the importance asks."""
+        calls, features = None, []
+        if layer is not None:
+            calls = Calls(self.plan.backend)
+            tap = Tap(self.family.attention_modules(self.base)[layer], calls.observe)
+            watching.callback(tap.remove)
+        if isinstance(self.plan.importance, CLIPRelevance):
+            handle = self.base.multi_modal_projector.register_forward_pre_hook(lambda _, args: features.append(args[0]))
+            watching.callback(handle.remove)
+        return calls, features
+
+    def _note_items(
+        self, kind: str, arguments: Mapping[str, Any], output: Any, calls: Calls | None, features: list[Tensor]
+    ) -> None:
         if not hasattr(output, "pooler_output"):
             return  # a tuple, asked for by a caller of their own: the model itself never does
-        items = self.family.items(self.base, kind, arguments, output)
+        family, base = self.family, self.base
+        items = family.items(base, kind, arguments, output)
         if calls is not None:
-            scores = self.family.scores(self.base, kind, arguments, output, calls)
-            items = [
-                Item(item.kind, item.positions, item.planes, score) for item, score in zip(items, scores, strict=True)
-            ]
+            scores = family.scores(base, kind, arguments, output, calls)
+            items = [replace(item, scores=one) for item, one in zip(items, scores, strict=True)]
+        if isinstance(self.plan.importance, CLIPRelevance):
+            embeds = family.packed(base, arguments, self.plan.importance.embed(features[0]))
+            items = [replace(item, embeds=one) for item, one in zip(items, embeds, strict=True)]
         setattr(output, _ITEMS, items)
         if self._forward is not None:
             self._forward.encoded[kind] = items

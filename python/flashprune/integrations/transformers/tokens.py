@@ -22,6 +22,7 @@ class Item:
     positions: Tensor  # int32 [n, 3], the (t, y, x) of each token; t is the frame, tile or scale
     planes: tuple[tuple[int, int], ...]  # (h, w) of each t; a newline token stands at x = w
     scores: Tensor | None = None  # [n], importance from the encoder's attention
+    embeds: Tensor | None = None  # [n, C], in a space shared with text, from a CLIP tower
 
     def __len__(self) -> int:
         return self.positions.shape[0]
@@ -47,8 +48,11 @@ class Item:
         """Both as one item, the other's planes after this one's."""
         shifted = other.positions.clone()
         shifted[:, 0] += len(self.planes)
-        scores = None if self.scores is None or other.scores is None else torch.cat([self.scores, other.scores])
-        return Item(self.kind, torch.cat([self.positions, shifted]), self.planes + other.planes, scores)
+        scores, embeds = (
+            None if one is None or another is None else torch.cat([one, another])
+            for one, another in ((self.scores, other.scores), (self.embeds, other.embeds))
+        )
+        return Item(self.kind, torch.cat([self.positions, shifted]), self.planes + other.planes, scores, embeds)
 
 
 @dataclass(frozen=True)
