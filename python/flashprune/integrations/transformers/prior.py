@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,36 +16,32 @@ from torch import Tensor
 from ...importance import resize_prior
 from .tokens import Item
 
+_METADATA = ("model", "layer", "grid", "images", "skipped", "prompt", "version")
+
 
 @dataclass(frozen=True)
 class Prior:
     """Mean attention of calibration images, as maps.
 
     `maps`: float32 `[P, h, w]`, one for each plane that the model makes of an image (a scale of LLaVA-NeXT), the last
-    for all further ones; `metadata`: `model`, `layer`, `grid`, `images`, `prompt`.
+    for all further ones; `metadata`: `model`, `layer`, `grid`, `images`, `skipped`, `prompt` and flashprune's
+    `version`, as far as known.
     """
 
     maps: Tensor
     metadata: dict[str, Any]
 
     def of(self, items: Iterable[Item]) -> Tensor:
-        """float32 `[T]`: the prior of each token, the maps resized to the items' grids.
-
-        A resized map keeps its total: that is what an image's tokens receive together, however many they are.
-        """
+        """float32 `[T]`: the prior of each token, the maps resized to the items' grids."""
         return torch.cat([self._of(item) for item in items])
 
     def _of(self, item: Item) -> Tensor:
-        planes: list[Tensor] = []
-        h, w = self.maps.shape[1:]
-        for index, (new_h, new_w) in enumerate(item.planes):
-            plane = self.maps[min(index, len(self.maps) - 1)].flatten()
-            planes.append(resize_prior(plane, (h, w), (new_h, new_w)) * (h * w / (new_h * new_w)))
-        starts = torch.tensor([0, *map(len, planes)]).cumsum(0)
+        planes = [resized(self.maps[min(t, len(self.maps) - 1)], grid) for t, grid in enumerate(item.planes)]
+        starts = torch.tensor([0, *(plane.numel() for plane in planes)]).cumsum(0)
         widths = torch.tensor([width for _, width in item.planes])
         t, y, x = item.positions.long().unbind(1)
         x = torch.minimum(x, widths[t] - 1)  # a newline's neighbour
-        return torch.cat(planes)[starts[t] + y * widths[t] + x]
+        return torch.cat([plane.flatten() for plane in planes])[starts[t] + y * widths[t] + x]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all."""
@@ -73,7 +70,7 @@ class Prior:
             raise ValueError(
                 f"prior in {os.fspath(path)} must be floating [P, h, w], got {maps.dtype} {list(maps.shape)}"
             )
-        return cls(maps.float(), {name: json.loads(value) for name, value in text.items()})
+        return cls(_attention(maps), {name: json.loads(text[name]) for name in _METADATA if name in text})
 
     @classmethod
     def of_tensor(cls, prior: Tensor) -> Prior:
@@ -82,17 +79,48 @@ class Prior:
             raise TypeError(f"prior must be floating point, got {prior.dtype}")
         if prior.dim() not in (2, 3) or prior.numel() == 0:
             raise ValueError(f"prior must be [h, w] or [P, h, w] maps, got {list(prior.shape)}")
-        return cls(prior.detach().float().cpu().reshape(-1, *prior.shape[-2:]), {})
+        return cls(_attention(prior.detach().cpu().reshape(-1, *prior.shape[-2:])), {})
 
-    def check(self, model: str, layer: int) -> None:
-        """ValueError if it was measured on another model or layer."""
-        for name, wanted in (("model", model), ("layer", layer)):
+    def check(self, model: Any, layer: int) -> None:
+        """ValueError if it was measured on another model or layer; a warning if on another grid than the model has."""
+        for name, wanted in (("model", model_name(model)), ("layer", layer)):
             found = self.metadata.get(name, wanted)
             if found != wanted:
                 raise ValueError(
                     f"prior was measured with {name}={found!r}, this is {name}={wanted!r}: "
                     "measure one with flashprune calibrate"
                 )
+        grid, (h, w) = fixed_grid(model), self.maps.shape[1:]
+        if grid is not None and grid != (h, w):
+            warnings.warn(
+                f"the prior's {h}x{w} map is resized to the {grid[0]}x{grid[1]} tokens of the model's images: "
+                "measure one with flashprune calibrate",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def resized(plane: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A map `[h, w]` of attention on another grid, bilinearly, float32 or float64.
+
+    What all its tokens receive together stays about what it was, however many they are.
+    """
+    h, w = plane.shape
+    new_h, new_w = grid
+    return (resize_prior(plane.flatten(), (h, w), grid) * (h * w / (new_h * new_w))).reshape(grid)
+
+
+def fixed_grid(model: Any) -> tuple[int, int] | None:
+    """`(h, w)` of the tokens of a model's image, or of its first scale or tile; None where the image's size says."""
+    vision = model.config.vision_config
+    size, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
+    if size is None or vision.model_type == "pixtral":
+        return None
+    ratio = getattr(model.config, "downsample_ratio", 1)
+    (height, width), (rows, columns) = (
+        sides if isinstance(sides, list | tuple) else (sides, sides) for sides in (size, patch)
+    )
+    return int(height // rows * ratio), int(width // columns * ratio)
 
 
 def model_name(model: Any) -> str:
@@ -110,3 +138,9 @@ def read_prior(prior: Any) -> Prior:
     if isinstance(prior, str | os.PathLike):
         return Prior.load(prior)
     raise TypeError(f"prior must be a file's name, a tensor of maps or a Prior, got {type(prior).__name__}")
+
+
+def _attention(maps: Tensor) -> Tensor:
+    if not bool((maps.isfinite() & (maps >= 0)).all()):
+        raise ValueError("prior must be attention: finite and not negative everywhere")
+    return maps.float()

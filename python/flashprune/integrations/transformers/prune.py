@@ -15,7 +15,7 @@ from ... import budgets, checks
 from ...scorer import VisionSelector
 from .clip import CLIPRelevance
 from .families import Family, family_of
-from .prior import model_name, read_prior
+from .prior import read_prior
 from .pruner import Pruner
 from .report import Selection
 from .selection import METHODS, SCOPES, Plan, make_options, try_out
@@ -189,7 +189,7 @@ def _prior(method: str, prior: Any, model: Any, layer: int) -> Any:
         )
         return None
     found = read_prior(prior)
-    found.check(model_name(model), layer)
+    found.check(model, layer)
     return found
 
 
