@@ -6,13 +6,7 @@ For LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, InternVL, Qwen2-VL, Qwen2.5-VL and Q
 `register_family`.
 """
 
-try:
-    import transformers as _transformers  # noqa: F401
-except ModuleNotFoundError as _error:
-    raise ModuleNotFoundError(
-        "flashprune.integrations.transformers needs Transformers: pip install 'flashprune[transformers]'",
-        name=_error.name,
-    ) from _error
+from . import requirement  # noqa: F401
 
 from .clip import CLIPRelevance
 from .families import Family, register_family, supported

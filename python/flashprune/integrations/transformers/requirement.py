@@ -1,0 +1,6 @@
+"""Imported first: says which Transformers is needed before anything fails for want of it."""
+
+from ..versions import require
+
+# `generate` of earlier ones hands repeated prompts, as for beams, images that belong to others.
+require("transformers", "5.18", extra="transformers")
