@@ -7,7 +7,6 @@ For LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, InternVL, Qwen2-VL, Qwen2.5-VL and Q
 """
 
 from . import requirement  # noqa: F401
-
 from .clip import CLIPRelevance
 from .families import Family, register_family, supported
 from .prior import Prior
