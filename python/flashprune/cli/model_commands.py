@@ -65,3 +65,35 @@ def profile(
         model, image, random_image, prompt, method, keep, scorer, importance, prior, batch, device, dtype, runs, json
     )
     run(options)
+
+
+@app.command(
+    help="Measure the positional prior of a model, for d2pruner: the mean attention that each place of an image gets.\n\n"
+    "Every image of the folder is shown with one prompt. A run that is stopped goes on where it was when given again. "
+    "Images that cannot be used are skipped and counted. Under torchrun the processes share the images, one GPU each.",
+    epilog="Examples:\n\nflashprune calibrate llava-hf/llava-1.5-7b-hf --images coco --device cuda --out llava.safetensors\n\n"
+    "torchrun --nproc-per-node 8 -m flashprune.cli calibrate FOLDER --images coco --device cuda",
+)
+@console.reports_errors
+def calibrate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or owner/name on the Hugging Face hub.")],
+    images: Annotated[Path, typer.Option(metavar="DIR", help="Images, also in folders of it; taken in sorted order.")],
+    layer: Annotated[
+        int, typer.Option(metavar="L", min=0, help="Of the LLM, from 0: the one that prune is given.")
+    ] = 1,
+    prompt: Prompt = "Describe the image.",
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="The first N images of the folder.")] = 1000,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The prior, .safetensors.")] = Path("prior.safetensors"),
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Images at a time.")] = 1,
+    grid: Annotated[
+        str | None,
+        typer.Option(metavar="ROWSxCOLS", help="Of the prior; the model's, or 24x24 where its images differ in size."),
+    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what a stopped run has measured.")] = False,
+) -> None:
+    from .calibrate import Options
+    from .calibrate import calibrate as run
+
+    run(Options(model, images, layer, prompt, limit, out, batch, grid, device, dtype, restart))
