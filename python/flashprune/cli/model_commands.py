@@ -34,6 +34,35 @@ Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="auto (as saved), floa
 
 
 @app.command(
+    help="Show which visual tokens of an image a model keeps, and how it answers then.\n\n"
+    "Writes a picture, methods by keeps, and a page with a slider that reads offline: answers with and without pruning, "
+    "visual tokens, prefill latency and key-value cache. --out is written at the end, each file whole or not at all.",
+    epilog="Examples:\n\nflashprune view --model llava-hf/llava-1.5-7b-hf --device cuda --image cat.jpg\n\n"
+    "flashprune view --model FOLDER --image cat.jpg --method divprune,fastv --keep 0.5,0.1 --prompt 'What is this?'",
+)
+@console.reports_errors
+def view(
+    model: Model,
+    image: Annotated[Path, typer.Option(metavar="FILE", help="The image of the prompt.")],
+    prompt: Prompt = "Describe the image.",
+    method: Methods = None,
+    keep: Keeps = None,
+    scorer: Scorer = None,
+    importance: Importance = None,
+    prior: Prior = None,
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The longest answer.")] = 32,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    runs: Annotated[int, typer.Option(metavar="N", min=1, help="Timed prefills of each variant.")] = 5,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for both files; made if need be.")] = Path("view"),
+) -> None:
+    from .view import Options
+    from .view import view as run
+
+    run(Options(model, image, prompt, method, keep, scorer, importance, prior, tokens, device, dtype, runs, out))
+
+
+@app.command(
     help="Measure a model's prefill with and without pruning: latency, first token, key-value cache, selection.\n\n"
     "Variants run in turns after a warm-up; the table gives medians with their range.",
     epilog="Examples:\n\nflashprune profile --model llava-hf/llava-1.5-7b-hf --device cuda --image cat.jpg\n\n"
@@ -68,19 +97,17 @@ def profile(
 
 
 @app.command(
-    help="Measure the positional prior of a model, for d2pruner: the mean attention that each place of an image gets.\n\n"
+    help="Measure a model's positional prior, for d2pruner: the mean attention that each place of an image gets.\n\n"
     "Every image of the folder is shown with one prompt. A run that is stopped goes on where it was when given again. "
     "Images that cannot be used are skipped and counted. Under torchrun the processes share the images, one GPU each.",
-    epilog="Examples:\n\nflashprune calibrate llava-hf/llava-1.5-7b-hf --images coco --device cuda --out llava.safetensors\n\n"
+    epilog="Examples:\n\nflashprune calibrate llava-hf/llava-1.5-7b-hf --images coco --device cuda\n\n"
     "torchrun --nproc-per-node 8 -m flashprune.cli calibrate FOLDER --images coco --device cuda",
 )
 @console.reports_errors
 def calibrate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or owner/name on the Hugging Face hub.")],
     images: Annotated[Path, typer.Option(metavar="DIR", help="Images, also in folders of it; taken in sorted order.")],
-    layer: Annotated[
-        int, typer.Option(metavar="L", min=0, help="Of the LLM, from 0: the one that prune is given.")
-    ] = 1,
+    layer: Annotated[int, typer.Option(metavar="L", min=0, help="Of the LLM, from 0: that of prune().")] = 1,
     prompt: Prompt = "Describe the image.",
     limit: Annotated[int, typer.Option(metavar="N", min=1, help="The first N images of the folder.")] = 1000,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The prior, .safetensors.")] = Path("prior.safetensors"),
