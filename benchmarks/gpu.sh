@@ -112,6 +112,13 @@ fi
 if run latencies "$python" -m benchmarks.gpu; then
   cp "$out/latencies.log" "$out/latencies.md"
 fi
+if "$python" -c 'import flashprune.integrations.transformers' 2>/dev/null; then
+  if run models "$python" -W ignore -m benchmarks.gpu_models; then
+    cp "$out/models.log" "$out/models.md"
+  fi
+else
+  skip models "no Transformers that is new enough"
+fi
 
 cat "$summary"
 exit $failed
