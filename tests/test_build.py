@@ -187,7 +187,9 @@ def test_pure_wheel_holds_every_module_and_no_library(source_tree: Path):
     modules = {path.relative_to(source_tree / "python") for path in (source_tree / "python").rglob("*.py")}
     for folder in ("triton_kernels", "benchmarks"):
         modules |= {Path("flashprune", x.relative_to(source_tree)) for x in source_tree.glob(f"{folder}/**/*.py")}
-    modules -= {Path("flashprune/benchmarks", name) for name in ("conftest.py", "gpu.py", "gpu_models.py")}  # for a checkout alone
+    modules -= {
+        Path("flashprune/benchmarks", name) for name in ("conftest.py", "gpu.py", "gpu_models.py")
+    }  # for a checkout alone
     assert modules
     assert {path.as_posix() for path in modules} <= held
     assert "flashprune/py.typed" in held

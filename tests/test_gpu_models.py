@@ -4,10 +4,9 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from PIL import Image
-
 from benchmarks import gpu_models
 from examples import tiny_models
+from PIL import Image
 
 
 def test_prints_a_row_for_every_variant(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
