@@ -35,8 +35,8 @@ Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="auto (as saved), floa
 
 @app.command(
     help="Show which visual tokens of an image a model keeps, and how it answers then.\n\n"
-    "Writes a picture, methods by keeps, and a page with a slider that reads offline: answers with and without pruning, "
-    "visual tokens, prefill latency and key-value cache. --out is written at the end, each file whole or not at all.",
+    "Writes a picture, methods by keeps, and a page with a slider that reads offline: answers with and without "
+    "pruning, visual tokens, prefill latency and key-value cache. Each file is written whole or not at all.",
     epilog="Examples:\n\nflashprune view --model llava-hf/llava-1.5-7b-hf --device cuda --image cat.jpg\n\n"
     "flashprune view --model FOLDER --image cat.jpg --method divprune,fastv --keep 0.5,0.1 --prompt 'What is this?'",
 )
