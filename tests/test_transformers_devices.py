@@ -40,10 +40,8 @@ def test_selects_as_the_reference_before_the_llm(family: str, dtype: torch.dtype
         answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert answer.shape[1] == inputs["input_ids"].shape[1] + 4
     assert handle.last is not None and handle.last.seconds > 0
-    assert handle.last.backend == (
-        "cpu" if device == "cpu" else fp.dispatch.resolve("auto", "mmr_select", *where(seen))
-    )
-    features, start = seen[0].features.cpu(), 0
+    features, start = seen[0].features, 0
+    assert handle.last.backend == fp.dispatch.resolve("auto", "mmr_select", features.device, features.dtype)
     for kept, (n, k) in zip(handle.last.kept, handle.last.counts, strict=True):
         tokens = features[start : start + n].cpu()
         expected = fp.reference.idpruner(tokens, tokens.float().norm(dim=-1), k)
