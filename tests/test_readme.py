@@ -3,10 +3,19 @@
 import re
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("transformers")
+
+from examples import tiny_models
+
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_examples() -> None:
+def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "python examples/tiny_models.py llava tiny-llava" in README.read_text()
+    tiny_models.save("llava", tmp_path / "tiny-llava")
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(blocks) >= 4
     names: dict[str, object] = {}
@@ -14,3 +23,5 @@ def test_examples() -> None:
         exec(compile(block, str(README), "exec"), names)
     assert names["keep"].shape == (64,)  # type: ignore[attr-defined]
     assert names["mask"].sum() == 64  # type: ignore[attr-defined]
+    last = names["handle"].last  # type: ignore[attr-defined]
+    assert last.counts == [(64, 16)] and last.kept[0].shape == (16,)
