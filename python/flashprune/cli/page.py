@@ -14,31 +14,35 @@ STYLE = """
         --grey: #2b2d33; --accent: #8ab4f8; --mark: #7a4a12 } }
 * { box-sizing: border-box }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
-       padding: 1rem; max-width: 72rem; overflow-wrap: anywhere }
+       padding: 1rem; max-width: 72rem }
+p, td.answer { overflow-wrap: anywhere }
 h1 { font-size: 1.4rem; margin: 0 0 .3rem } h2 { font-size: 1.05rem; margin: 0 0 .3rem } p { margin: .2rem 0 }
 .faint { color: var(--faint); font-size: .9rem }
 form { display: none; position: sticky; top: 0; z-index: 1; background: var(--paper); padding: .5rem 0 .7rem;
        border-bottom: 1px solid var(--line); margin-bottom: 1rem }
 .js form { display: block }
 fieldset { border: 0; padding: 0; margin: 0 0 .4rem; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem }
-legend { float: left; margin-right: 1rem; font-weight: 600 }
+legend { float: left; margin-right: 1rem; padding: .15rem 0; font-weight: 600 }
 fieldset label { padding: .15rem 0; cursor: pointer }
 .slider { display: flex; flex-wrap: wrap; align-items: center; gap: .2rem 1rem; font-weight: 600 }
 .slider input { flex: 1 1 12rem; min-width: 10rem; height: 1.8rem; accent-color: var(--accent) }
 .slider output { flex: 0 1 13rem; font-weight: 400; font-variant-numeric: tabular-nums }
 input:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px }
 .panels { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start }
-figure { margin: 0; flex: 0 1 auto; max-width: 100% }
-.picture { position: relative; background: var(--grey); line-height: 0 }
-.picture img { max-width: 100%; height: auto } .js .picture img { filter: grayscale(1); opacity: .22 }
+figure { margin: 0; max-width: min(100%, 34rem) }
+.picture { position: relative; display: inline-block; background: var(--grey); line-height: 0 }
+.picture img { max-width: 100%; max-height: 75vh } .js .picture img { filter: grayscale(1); opacity: .22 }
 .picture canvas { position: absolute; inset: 0; width: 100%; height: 100% }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem;
          margin: 1rem 0 }
 .card { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem }
 .answer { white-space: pre-wrap; min-height: 3em } mark { background: var(--mark); color: inherit }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-td.answer { min-width: 16rem } .only-js { display: none } .js .only-js { display: block } .js .no-js { display: none }
+th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
+         white-space: nowrap }
+td.answer { min-width: 18rem; white-space: pre-wrap }
+tr[aria-current] td { background: color-mix(in srgb, var(--accent) 14%, transparent) }
+ .only-js { display: none } .js .only-js { display: block } .js .no-js { display: none }
 """
 
 SCRIPT = """
@@ -58,14 +62,17 @@ function paint(canvas, panel, mask) {
   canvas.height = height;
   const context = canvas.getContext("2d");
   const bits = atob(mask);
+  let kept = 0;
   for (let cell = 0; cell < panel.rows * panel.columns; cell++) {
     if (!(bits.charCodeAt(cell >> 3) & (128 >> (cell & 7)))) continue;
+    kept++;
     const row = Math.floor(cell / panel.columns), column = cell % panel.columns;
     const x = Math.round((column * width) / panel.columns), y = Math.round((row * height) / panel.rows);
     const w = Math.round(((column + 1) * width) / panel.columns) - x;
     const h = Math.round(((row + 1) * height) / panel.rows) - y;
     context.drawImage(image, x, y, w, h, x, y, w, h);
   }
+  canvas.closest("figure").querySelector("output").textContent = `: ${kept} kept`;
 }
 
 function answer(target, one) {
@@ -89,7 +96,8 @@ function show() {
   find("agreement").textContent = pruned ? `Beside the answer without pruning: ${one.agreement}.` : "";
   for (const name of ["kept", "prefill", "cache"]) find(`now-${name}`).textContent = one[name];
   document.querySelectorAll("tr[data-method]").forEach((row) =>
-    row.toggleAttribute("aria-current", row.dataset.method === one.method && row.dataset.keep === one.keep));
+    row.dataset.method === one.method && row.dataset.keep === one.keep
+      ? row.setAttribute("aria-current", "true") : row.removeAttribute("aria-current"));
 }
 
 function remember() {
@@ -175,7 +183,7 @@ def _panel(index: int, panel: Mapping[str, Any]) -> str:
     return (
         f'<figure><div class="picture"><img src="{escape(panel["source"])}" alt="the image: {escape(what)}">'
         f'<canvas id="panel-{index}" role="img" aria-label="the tokens that are kept"></canvas></div>'
-        f'<figcaption class="faint">{escape(what)}</figcaption></figure>'
+        f'<figcaption class="faint">{escape(what)}<output></output></figcaption></figure>'
     )
 
 

@@ -175,10 +175,10 @@ def _picture(options: Options, image: Image, panel: Panel, results: Sequence[Res
         profile = chosen[0].profile
         columns.append(draw.Column(f"{variants.keep_label(keep)}: {profile.kept} of {profile.tokens}", drawn))
     rows = [draw.Row(*_label(method)) for method in methods]
-    finest = f"; drawn: its {panel.name}" if len(whole.kept or [0]) > 1 else ""
-    group = draw.Group(options.image.name, f"{panel.grid[0]} x {panel.grid[1]} tokens{finest}", columns)
-    note = f"Visual tokens of {Path(options.model).name}: kept in colour, dropped in grey."
-    return draw.sheet("What each method keeps", note, rows, [group])
+    note = f"{panel.name}, {panel.grid[0]} x {panel.grid[1]} tokens"
+    group = draw.Group(options.image.name, note, columns)
+    title = f"Visual tokens of {Path(options.model).name}: kept in colour, dropped in grey."
+    return draw.sheet("What each method keeps", title, rows, [group])
 
 
 def _short_agreement(answer: Answer, whole: Answer) -> str:
