@@ -50,6 +50,7 @@ class Pruner:
         self.language_model: Any = self.base.language_model
         self.last: Selection | None = None
         self._forward: Forward | None = None
+        self._encoding = False
         self._prefill: Prefill | None = None
         self._attention: list[Tensor] = []
         self._shorter: dict[str, Any] | None = None  # what the layers after a pruning inside the LLM are given
@@ -103,9 +104,13 @@ class Pruner:
             signature = inspect.signature(encode)
 
             def wrapper(*args: Any, **kwargs: Any) -> Any:
+                if self._encoding:  # Qwen3-VL encodes videos by its function for images
+                    return encode(*args, **kwargs)
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
                 with ExitStack() as watching:
+                    self._encoding = True
+                    watching.callback(setattr, self, "_encoding", False)
                     details = self._watch_details(watching, layer)
                     output = encode(*args, **kwargs)
                 self._note_items(kind, bound.arguments, output, *details)
