@@ -1,0 +1,215 @@
+"""Tiny vision-language models, their prompts, and what pruning them must give, worked out by hand.
+
+Nothing here uses flashprune.integrations: the oracle embeds a prompt with the unpruned model's own functions, cuts it
+with plain Python, and runs the decoder layers one by one on one prompt, without padding and without cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from examples import tiny_models
+from PIL import Image
+from torch import Tensor, nn
+
+import flashprune as fp
+from flashprune.cli.photos import load_photo
+
+FAMILIES = tiny_models.FAMILIES
+QWEN_VL = tiny_models.QWEN_VL
+WITH_VIDEO = tuple(tiny_models.VIDEO)
+WIDTH = 64  # of the tiny language models
+
+BEFORE = ("idpruner", "visionselector", "divprune", "cdpruner", "topk", "naive_hybrid")
+INSIDE = ("d2pruner", "fastv")
+LAYER = 1  # whose attention the methods inside use: the layers after it see fewer tokens
+# Logits have a standard deviation of 1.5. The oracle and the unpruned model, of which it is a copy by hand, differ by
+# up to 1.6e-5 themselves: other shapes, other order of float32 sums.
+TOLERANCE = 4e-5
+
+
+@cache
+def built(family: str, attention: str = "sdpa") -> tuple[Any, Any]:
+    """The model, its weights open to gradients as after loading, and its processor; one of each a process."""
+    model, processor = tiny_models.build(family)
+    model.set_attn_implementation(attention)
+    return model, processor
+
+
+@cache
+def photo(file: str, width: int, height: int) -> Image.Image:
+    return Image.fromarray(load_photo(file)).resize((width, height))
+
+
+def alone(family: str) -> Any:
+    """One prompt about one image, wider than high."""
+    return tiny_models.inputs(built(family)[1], [[photo("astronaut.png", 200, 112)]], ["What is this?"])
+
+
+def three(family: str) -> Any:
+    """A batch, padded on the left: two images of unlike size, one small image, and text alone."""
+    images = [[photo("chelsea.png", 84, 140), photo("coffee.png", 150, 150)], [photo("astronaut.png", 112, 60)], []]
+    prompts = ["Compare the two.", "Read the text on the sign and say which colour it has.", "Hello, who are you?"]
+    return tiny_models.inputs(built(family)[1], images, prompts)
+
+
+def video(family: str) -> Any:
+    """One prompt about five frames."""
+    frames = [photo("coffee.png", 110 + i, 84) for i in range(5)]
+    frames = [frame.resize((112, 84)) for frame in frames]
+    return tiny_models.video_inputs(family, *built(family), frames, "What happens?")
+
+
+def scorer(seed: int = 0) -> fp.VisionSelector:
+    """A random scorer whose scores differ well."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return fp.VisionSelector(WIDTH, 16).requires_grad_(False)
+
+
+def prior() -> Tensor:
+    """`[2, 6, 6]`, a map for the first plane of an image and one for all others, far from flat."""
+    return torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(1)) + 0.05
+
+
+def settings(method: str) -> dict[str, Any]:
+    """What `prune` needs for a method, so that the choice is not that of another."""
+    if method in ("idpruner", "visionselector"):
+        return {"scorer": scorer()}
+    if method in ("cdpruner", "topk", "naive_hybrid"):
+        pool = {"pool_ratio": 1.5} if method == "naive_hybrid" else {}
+        return {"importance": "received_attention", **pool}
+    return {"prior": prior(), "alpha": 0.5} if method == "d2pruner" else {}
+
+
+@dataclass
+class Whole:
+    """All that enters the language model of the unpruned model: embeddings `[B, L, D]`, positions `[1 or 3, B, L]`."""
+
+    model: Any
+    ids: Tensor
+    embeds: Tensor
+    positions: Tensor
+    attended: Tensor  # bool [B, L]
+    visual: Tensor  # bool [B, L]
+    deepstack: list[Tensor]  # [B, L, D], what Qwen3-VL adds after each of its first layers
+    deltas: list[int]  # position of the next token of each row, less its number of tokens
+
+    def visual_columns(self, row: int) -> list[int]:
+        return self.visual[row].nonzero().flatten().tolist()
+
+    def columns(self, row: int) -> list[int]:
+        return self.attended[row].nonzero().flatten().tolist()
+
+
+@torch.no_grad()
+def whole(model: Any, batch: Any) -> Whole:
+    """Embed a batch with the functions of the unpruned model."""
+    base, ids = model.base_model, batch["input_ids"]
+    attended = batch["attention_mask"].bool()
+    embeds = base.get_input_embeddings()(ids)
+    visual = torch.zeros_like(attended)
+    deepstack: list[Tensor] = []
+    for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if batch.get(pixels) is None:
+            continue
+        encode = getattr(base, f"get_{kind}_features")
+        given = {name: batch[name] for name in inspect.signature(encode).parameters if name in batch}
+        output = encode(**given, return_dict=True)
+        features = torch.cat(list(output.pooler_output)).flatten(0, -2)
+        here = ids == getattr(base.config, f"{kind}_token_id")
+        visual |= here
+        embeds = embeds.masked_scatter(here.unsqueeze(-1), features)
+        for index, layer in enumerate(getattr(output, "deepstack_features", None) or []):
+            if len(deepstack) <= index:
+                deepstack.append(torch.zeros_like(embeds))
+            deepstack[index] = deepstack[index].masked_scatter(here.unsqueeze(-1), torch.cat(list(layer)))
+    if hasattr(base, "get_rope_index") and visual.any():
+        given = {name: batch[name] for name in inspect.signature(base.get_rope_index).parameters if name in batch}
+        positions, deltas = base.get_rope_index(**given)
+        return Whole(model, ids, embeds, positions, attended, visual, deepstack, deltas.flatten().tolist())
+    positions = (attended.cumsum(1) - 1).clamp(min=0)[None]
+    positions = positions.expand(3, -1, -1) if hasattr(base, "get_rope_index") else positions
+    return Whole(model, ids, embeds, positions, attended, visual, deepstack, [0] * len(ids))
+
+
+@torch.no_grad()
+def states(
+    given: Whole,
+    row: int,
+    kept: list[int] | None,
+    first_layer: int,
+    reply: list[int] = (),
+    last_layer: int | None = None,
+) -> tuple[Tensor, list[int]]:
+    """Hidden states `[1, n, D]` that enter layer `last_layer` (None: that leave the last), and their columns.
+
+    The layers from `first_layer` on see, of the visual columns, only those in `kept` (None: all); `reply` follows the
+    prompt, its columns counting on.
+    """
+    lm = given.model.base_model.language_model
+    columns = given.columns(row)
+    after = range(given.ids.shape[1], given.ids.shape[1] + len(reply))
+    hidden = torch.cat([given.embeds[row, columns], lm.embed_tokens(torch.tensor(reply, dtype=torch.int64))])[None]
+    first = len(columns) + given.deltas[row]
+    text = torch.arange(first, first + len(reply)).expand(len(given.positions), -1)
+    positions = torch.cat([given.positions[:, row, columns], text], dim=1)[:, None]
+    columns = [*columns, *after]
+    visual = set(given.visual_columns(row))
+    for index, layer in enumerate(lm.layers):
+        if index == first_layer and kept is not None:
+            stay = [i for i, column in enumerate(columns) if column not in visual or column in kept]
+            hidden, positions = hidden[:, stay], positions[:, :, stay]
+            columns = [columns[i] for i in stay]
+        if index == last_layer:
+            return hidden, columns
+        mask = torch.full((len(columns), len(columns)), float("-inf")).triu(1)[None, None]
+        rotary = lm.rotary_emb(hidden, positions if len(positions) == 3 else positions[0])
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+        if index < len(given.deepstack):
+            here = [i for i, column in enumerate(columns) if column in visual]
+            hidden[0, here] += given.deepstack[index][row, [columns[i] for i in here]]
+    return hidden, columns
+
+
+@torch.no_grad()
+def logits(given: Whole, row: int, kept: list[int] | None, first_layer: int = 0, reply: list[int] = ()) -> Tensor:
+    """`[1 + len(reply), V]`: what follows the prompt, and each token of a reply to it, with the kept tokens fixed.
+
+    Attention is causal, so one pass over prompt and reply is every step recomputed from scratch.
+    """
+    hidden, _ = states(given, row, kept, first_layer, reply)
+    head: nn.Module = given.model.get_output_embeddings()
+    return head(given.model.base_model.language_model.norm(hidden[0, -1 - len(reply) :]))
+
+
+def first_pruned(method: str) -> int:
+    """The first layer that sees fewer tokens."""
+    return LAYER + 1 if method in INSIDE else 0
+
+
+def kept_columns(last: Any, row: int) -> list[int]:
+    """The columns of a prompt that the handle says were kept."""
+    found = [p.tolist() for r, p in zip(last.rows, last.positions, strict=True) if r == row]
+    return sorted(column for segment in found for column in segment)
+
+
+@torch.no_grad()
+def llm_attention(family: str, batch: Any, layer: int) -> list[Tensor]:
+    """`[n]` for each prompt: what its last token pays each visual token in a layer, the mean of all heads' weights."""
+    model, _ = built(family, "eager")
+    weights = model(**batch, output_attentions=True).attentions[layer]
+    visual = whole(model, batch).visual
+    return [weights[row, :, -1].mean(0)[visual[row]] for row in range(len(weights))]
+
+
+def footprint(model: nn.Module) -> list[tuple[str, int, int, list[str], int | None]]:
+    """What hooks and instance attributes every module has: equal before and after a pruning."""
+    return [
+        (name, len(m._forward_pre_hooks), len(m._forward_hooks), sorted(vars(m)), id(vars(m).get("config")))
+        for name, m in model.named_modules()
+    ]
