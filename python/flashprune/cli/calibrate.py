@@ -70,6 +70,7 @@ def calibrate(options: Options) -> None:
         total, planes = ranks.sum(done.sums.total), ranks.sum(done.sums.planes)
         images, skipped = (int(ranks.sum(torch.tensor(count))) for count in (done.images, done.skipped))
         if images == 0:
+            run.partial.unlink(missing_ok=True)
             why = f": {run.complaint}" if run.complaint else ""
             raise InputError(f"none of the {len(paths)} images in {options.images} can be used{why}")
         if ranks.rank == 0:
