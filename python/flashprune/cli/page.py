@@ -42,7 +42,7 @@ th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px sol
          white-space: nowrap }
 td.answer { min-width: 18rem; white-space: pre-wrap }
 tr[aria-current] td { background: color-mix(in srgb, var(--accent) 14%, transparent) }
- .only-js { display: none } .js .only-js { display: block } .js .no-js { display: none }
+.only-js { display: none } .js .only-js { display: block } .js .no-js { display: none }
 """
 
 SCRIPT = """

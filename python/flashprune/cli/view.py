@@ -220,7 +220,7 @@ def _entry(one: Result, whole: Result, seen: Sequence[Panel]) -> dict[str, Any]:
     return {
         "method": variant.method,
         "label": _label(variant.method)[0] if variant.method else "not pruned",
-        "keep": f"{variant.keep:g}",
+        "keep": str(variant.keep),
         "keep_label": variants.keep_label(variant.keep),
         "tokens": one.profile.tokens,
         "kept": one.profile.kept,
