@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -149,7 +150,10 @@ class Ranks:
         if self.world == 1:
             return tensor
         here = tensor.to(self.device, copy=True)
-        distributed.all_reduce(here, how)
+        try:
+            distributed.all_reduce(here, how)
+        except RuntimeError as error:
+            raise InputError(f"process {self.rank} lost the others, whose own lines say why: {error}") from None
         return here.cpu()
 
 
@@ -213,11 +217,14 @@ class _Run:
         text = json.dumps(self.settings | {"weights": None})  # a host may keep them elsewhere
         if not ranks.agree(int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)):
             raise InputError("the processes do not see the same images, or were given other arguments")
-        share = "" if ranks.world == 1 else f".{ranks.rank + 1}-of-{ranks.world}"
-        self.partial = Path(f"{options.out}{share}.partial")
+        self.partial = _partial(options.out, ranks.rank, ranks.world)
         self.start = _Done(0, 0, 0, Sums.empty(self.model, grid))
+        others = _partials_of_other_worlds(options.out, ranks.world)
         if options.restart:
-            self.partial.unlink(missing_ok=True)
+            for path in (self.partial, *others):
+                path.unlink(missing_ok=True)
+        elif others:
+            raise InputError(f"{others[0]} is of a run with another number of processes: --restart drops it")
         elif self.partial.exists():
             self.start = _Done.load(self.partial, self.settings)
 
@@ -299,6 +306,18 @@ class _Run:
         from ..integrations.transformers.calibration import Sums
 
         return Prior(Sums(total, planes).mean(), metadata)
+
+
+def _partial(out: Path, rank: int, world: int) -> Path:
+    """Where a process keeps its sums."""
+    share = "" if world == 1 else f".{rank + 1}-of-{world}"
+    return Path(f"{out}{share}.partial")
+
+
+def _partials_of_other_worlds(out: Path, world: int) -> list[Path]:
+    ours = {_partial(out, rank, world) for rank in range(world)}
+    alike = re.compile(re.escape(out.name) + r"(\.\d+-of-\d+)?\.partial")
+    return sorted(path for path in out.parent.iterdir() if alike.fullmatch(path.name) and path not in ours)
 
 
 @contextmanager
