@@ -386,6 +386,17 @@ def test_damaged_sums_are_refused(folders: dict[str, Path], photos: Path, tmp_pa
     assert "holds no sums of a stopped run" in fails(folders["llava"], "--images", photos, "--out", out)
 
 
+def test_sums_of_another_number_of_processes_are_refused(
+    folders: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    out, other = tmp_path / "prior.safetensors", tmp_path / "prior.safetensors.2-of-4.partial"
+    other.touch()
+    arguments = (folders["llava"], "--images", photos, "--out", out)
+    assert f"{other} is of a run with another number of processes" in fails(*arguments)
+    succeeds(*arguments, "--restart")
+    assert out.exists() and not other.exists()
+
+
 # Several processes
 
 
@@ -472,6 +483,24 @@ def test_maps_must_be_attention(value: float, tmp_path: Path) -> None:
 def test_file_of_another_writer_is_a_prior(tmp_path: Path) -> None:
     save_file({"prior": torch.ones(1, 2, 2)}, tmp_path / "prior.safetensors", metadata={"format": "pt"})
     assert Prior.load(tmp_path / "prior.safetensors").metadata == {}
+
+
+def test_files_that_hold_no_prior(tmp_path: Path) -> None:
+    path = tmp_path / "prior.safetensors"
+    with pytest.raises(FileNotFoundError, match="prior.safetensors"):
+        Prior.load(path)
+    path.write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        Prior.load(path)
+    for tensors, metadata, complaint in [
+        ({"weights": torch.ones(2)}, None, "holds no tensor 'prior'"),
+        ({"prior": torch.ones(2, 2)}, None, r"must be floating \[P, h, w\]"),
+        ({"prior": torch.ones(1, 2, 2, dtype=torch.int64)}, None, r"must be floating \[P, h, w\]"),
+        ({"prior": torch.ones(1, 2, 2)}, {"layer": "one"}, "must be JSON"),
+    ]:
+        save_file(tensors, path, metadata)
+        with pytest.raises(ValueError, match=complaint):
+            Prior.load(path)
 
 
 # Reading attention

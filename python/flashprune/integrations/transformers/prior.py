@@ -49,8 +49,11 @@ class Prior:
 
         text = {name: json.dumps(value) for name, value in self.metadata.items()}
         part = Path(f"{os.fspath(path)}.part")
-        part.write_bytes(save({"prior": self.maps.contiguous()}, metadata=text))
-        part.replace(path)
+        try:
+            part.write_bytes(save({"prior": self.maps.contiguous()}, metadata=text))
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Prior:
@@ -70,7 +73,12 @@ class Prior:
             raise ValueError(
                 f"prior in {os.fspath(path)} must be floating [P, h, w], got {maps.dtype} {list(maps.shape)}"
             )
-        return cls(_attention(maps), {name: json.loads(text[name]) for name in _METADATA if name in text})
+        try:
+            return cls(_attention(maps), {name: json.loads(text[name]) for name in _METADATA if name in text})
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"metadata of {os.fspath(path)} must be JSON, as flashprune calibrate writes it"
+            ) from error
 
     @classmethod
     def of_tensor(cls, prior: Tensor) -> Prior:
