@@ -487,7 +487,7 @@ def test_file_of_another_writer_is_a_prior(tmp_path: Path) -> None:
 
 def test_files_that_hold_no_prior(tmp_path: Path) -> None:
     path = tmp_path / "prior.safetensors"
-    with pytest.raises(FileNotFoundError, match="prior.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"prior\.safetensors"):
         Prior.load(path)
     path.write_bytes(b"rubbish")
     with pytest.raises(ValueError, match="not a safetensors file"):
