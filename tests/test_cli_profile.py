@@ -101,12 +101,13 @@ def test_a_prior_and_a_scorer_from_files(folder: Path, tmp_path: Path) -> None:
     scorer, prior, path = tmp_path / "scorer.safetensors", tmp_path / "prior.safetensors", tmp_path / "runs.json"
     save_file(fp.VisionSelector(64, 8).state_dict(), scorer)
     Prior(torch.rand(1, 4, 4), {}).save(prior)
-    options = ("--scorer", scorer, "--prior", prior, "--method", "idpruner,d2pruner", "--keep", 0.25)
+    options = ("--scorer", scorer, "--prior", prior, "--method", "visionselector,d2pruner", "--keep", 0.25)
     result = run("--model", folder, "--image", PHOTO, *options, "--runs", 1, "--json", path)
     assert result.exit_code == 0, result.output
     assert "without prior" not in result.stderr
-    _, idpruner, d2pruner = json.loads(path.read_text())["variants"]
-    assert idpruner["scorer"] == d2pruner["prior"] == "from a file"
+    assert "…" not in result.stdout and "visual" in result.stdout
+    _, scored, d2pruner = json.loads(path.read_text())["variants"]
+    assert scored["scorer"] == d2pruner["prior"] == "from a file"
 
 
 def wrong(folder: Path, tmp_path: Path) -> list[tuple[Sequence[object], str]]:

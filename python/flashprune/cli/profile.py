@@ -169,8 +169,7 @@ def _table(profiles: Sequence[Profile]) -> Table:
     table.title = None
     table.padding = (0, 1, 0, 0)
     table.add_column("keep", no_wrap=True)
-    table.add_column("visual tokens", justify="right")
-    for heading in ("prefill ms", "first token ms", "KV MB", "selection ms"):
+    for heading in ("visual\ntokens", "prefill ms", "first token ms", "KV MB", "selection\nms"):
         table.add_column(heading, justify="right", no_wrap=True)
     method = ""
     for one in profiles:
