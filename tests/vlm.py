@@ -52,9 +52,21 @@ def alone(family: str) -> Any:
 
 def three(family: str) -> Any:
     """A batch, padded on the left: two images of unlike size, one small image, and text alone."""
-    images = [[photo("chelsea.png", 84, 140), photo("coffee.png", 150, 150)], [photo("astronaut.png", 112, 60)], []]
-    prompts = ["Compare the two.", "Read the text on the sign and say which colour it has.", "Hello, who are you?"]
-    return tiny_models.inputs(built(family)[1], images, prompts)
+    return tiny_models.inputs(built(family)[1], *zip(*_three(), strict=True))
+
+
+def row(family: str, index: int) -> Any:
+    """A prompt of `three` by itself."""
+    images, prompt = _three()[index]
+    return tiny_models.inputs(built(family)[1], [images], [prompt])
+
+
+def _three() -> list[tuple[list[Image.Image], str]]:
+    return [
+        ([photo("chelsea.png", 84, 140), photo("coffee.png", 150, 150)], "Compare the two."),
+        ([photo("astronaut.png", 112, 60)], "Read the text on the sign and say which colour it has."),
+        ([], "Hello, who are you?"),
+    ]
 
 
 def video(family: str) -> Any:
@@ -107,8 +119,11 @@ class Whole:
 
 
 @torch.no_grad()
-def whole(model: Any, batch: Any) -> Whole:
-    """Embed a batch with the functions of the unpruned model."""
+def whole(model: Any, batch: Any, by_column: bool = False) -> Whole:
+    """Embed a batch with the functions of the unpruned model.
+
+    `by_column`: positions count padding too, as LLaVA's and InternVL's forward has it where `generate` does not say.
+    """
     base, ids = model.base_model, batch["input_ids"]
     attended = batch["attention_mask"].bool()
     embeds = base.get_input_embeddings()(ids)
@@ -132,9 +147,11 @@ def whole(model: Any, batch: Any) -> Whole:
         given = {name: batch[name] for name in inspect.signature(base.get_rope_index).parameters if name in batch}
         positions, deltas = base.get_rope_index(**given)
         return Whole(model, ids, embeds, positions, attended, visual, deepstack, deltas.flatten().tolist())
-    positions = (attended.cumsum(1) - 1).clamp(min=0)[None]
-    positions = positions.expand(3, -1, -1) if hasattr(base, "get_rope_index") else positions
-    return Whole(model, ids, embeds, positions, attended, visual, deepstack, [0] * len(ids))
+    padding = (~attended).sum(1, keepdim=True)
+    positions = torch.arange(ids.shape[1])[None] - (0 if by_column else padding)
+    deltas = padding.flatten().tolist() if by_column else [0] * len(ids)
+    positions = positions.expand(3 if hasattr(base, "get_rope_index") else 1, len(ids), -1)
+    return Whole(model, ids, embeds, positions, attended, visual, deepstack, deltas)
 
 
 @torch.no_grad()
