@@ -167,10 +167,10 @@ def _print(screen: Any, found: dict[str, Any], profiles: Sequence[Profile]) -> N
 def _table(profiles: Sequence[Profile]) -> Table:
     table = console.table("")
     table.title = None
-    table.padding = (0, 1, 0, 0)
+    table.padding, table.show_edge = (0, 1, 0, 0), False  # 80 columns hold it
     table.add_column("keep", no_wrap=True)
     for heading in ("visual\ntokens", "prefill ms", "first token ms", "KV MB", "selection\nms"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     method = ""
     for one in profiles:
         if one.variant.method != method:
