@@ -184,7 +184,7 @@ def states(
             columns = [columns[i] for i in stay]
         if index == last_layer:
             return hidden, columns
-        mask = torch.full((len(columns), len(columns)), float("-inf")).triu(1)[None, None]
+        mask = torch.full((len(columns), len(columns)), float("-inf"), dtype=hidden.dtype).triu(1)[None, None]
         rotary = lm.rotary_emb(hidden, positions if len(positions) == 3 else positions[0])
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
         if index < len(given.deepstack):
