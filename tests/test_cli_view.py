@@ -143,20 +143,29 @@ class TestFigures:
     def test_the_picture_is_drawn_of_the_same_cells(
         self, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        drawn: list[list[int]] = []
-        original = draw.dim_dropped
+        drawn: list[tuple[list[int], np.ndarray]] = []
+        pasted: list[np.ndarray] = []
+        dim, sheet = draw.dim_dropped, draw.sheet
 
         def noted(image: Any, grid: Any, kept: Any, cell: Any) -> Any:
-            drawn.append(kept.tolist())
-            return original(image, grid, kept, cell)
+            drawn.append((kept.tolist(), dim(image, grid, kept, cell)))
+            return drawn[-1][1]
+
+        def laid_out(title: Any, note: Any, rows: Any, groups: Any) -> Any:
+            assert [row.label for row in rows] == ["DivPrune", "FastV"]
+            pasted.extend(panel.pixels for column in groups[0].columns for panel in column.panels)
+            return sheet(title, note, rows, groups)
 
         monkeypatch.setattr(draw, "dim_dropped", noted)
+        monkeypatch.setattr(draw, "sheet", laid_out)
         options = ("--method", "divprune,fastv", "--keep", "0.25,8", "--runs", 1, "--tokens", 1)
         assert run("--model", folders["llava"], "--image", PHOTO, *options, "--out", tmp_path).exit_code == 0
         found = data_of(tmp_path)
         every = {(one["method"], one["keep"]): cells(one["masks"][0], 64) for one in found["pruned"]}
         order = [("divprune", "0.25"), ("fastv", "0.25"), ("divprune", "8"), ("fastv", "8")]
-        assert drawn == [list(range(64)), *(every[one] for one in order)]
+        assert [kept for kept, _ in drawn] == [list(range(64)), *(every[one] for one in order)]
+        whole, *pruned = (pixels for _, pixels in drawn)
+        assert all(one is other for one, other in zip(pasted, (whole, whole, *pruned), strict=True))
 
 
 @pytest.mark.parametrize("portrait", [False, True])
@@ -207,7 +216,7 @@ class TestPage:
         assert all(attributes.get("alt") for tag, attributes in elements if tag == "img")
 
     def test_hostile_text_stays_text(self) -> None:
-        hostile = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\" & <!--"
+        hostile = "</script x><!-- <script ></script><script>alert(1)</script><img src=x onerror='alert(2)'>\" & <!--"
         entry = {name: hostile for name in ("label", "keep", "keep_label", "prefill", "cache", "answer", "agreement")}
         entry |= {"tokens": 4, "kept": 2, "shared": "", "masks": ["wA=="]}
         panel = {"name": hostile, "rows": 2, "columns": 2, "source": "data:image/jpeg;base64,"}
@@ -216,6 +225,7 @@ class TestPage:
         elements = Elements(text)
         tags = [tag for tag, _ in elements.found]
         assert tags.count("script") == 2 and tags.count("img") == 1
+        assert "<" not in elements.scripts[0]  # browsers end a script sooner than this parser does
         assert json.loads(elements.scripts[0])["pruned"][0]["answer"] == hostile
 
 
@@ -224,7 +234,8 @@ def test_what_agrees() -> None:
         return Answer(torch.tensor(ids, dtype=torch.int64), "")
 
     whole = answer(1, 2, 3)
-    assert [whole.equal(other) for other in (answer(1, 2, 3), answer(1, 5, 3), answer(1, 2), answer())] == [3, 1, 2, 0]
+    others = (answer(1, 2, 3), answer(1, 5, 4), answer(1, 2), answer())
+    assert [whole.equal(other) for other in others] == [3, 1, 2, 0]
     assert agreement(answer(1, 2, 3), whole) == "the same 3 tokens"
     assert agreement(answer(1, 5, 3), whole) == "differs from token 2 on"
     assert agreement(answer(1, 2), whole) == "differs from token 3 on"
