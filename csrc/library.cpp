@@ -22,6 +22,9 @@ STABLE_TORCH_LIBRARY(FLASHPRUNE_LIBRARY, m) {
       "bool pivots_suppress, bool sort, int block=0) -> Tensor");
   m.def("maxmin_select(Tensor features, int[] k, Tensor? cu_seqlens, bool sort, int block=0) -> Tensor");
   m.def("dpp_select(Tensor features, Tensor relevance, int[] k, Tensor? cu_seqlens, bool sort, int block=0) -> Tensor");
+  // One video, features [N, D], frame after frame; keep is the share that a frame keeps on average.
+  m.def("evs_select(Tensor features, int frames, int k, bool sort) -> Tensor");
+  m.def("vidcom2_select(Tensor features, int frames, float keep, int k, bool sort) -> Tensor");
   // CUDA alone: python/flashprune/workspace.py.
   m.def("use_workspace(Tensor buffer) -> ()");
   m.def("workspace_bytes(Tensor like) -> int");

@@ -198,9 +198,29 @@ void scale(float* row, int64_t d, float factor) {
   for (int64_t i = 0; i < d; ++i) row[i] *= factor;
 }
 
+float distance(const float* a, const float* b, int64_t d) {
+  Vec acc[kParts] = {};
+  for (int64_t i = 0; i < d; i += kLanes) {
+    for (int p = 0; p < kParts; ++p) {
+      const Vec apart = *reinterpret_cast<const UnalignedVec*>(a + i + p * kWidth) -
+                        *reinterpret_cast<const UnalignedVec*>(b + i + p * kWidth);
+      acc[p] += apart * apart;
+    }
+  }
+  return sum_lanes(acc);
+}
+
+void moments(const float* __restrict row, int64_t d, float share, float* __restrict mean, float* __restrict squares) {
+  for (int64_t i = 0; i < d; ++i) {
+    const float step = row[i] - mean[i];
+    mean[i] += step * share;
+    squares[i] += step * (row[i] - mean[i]);
+  }
+}
+
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {FLASHPRUNE_STRING(FLASHPRUNE_ISA), dots, dot, load, scale};
+const Kernels table = {FLASHPRUNE_STRING(FLASHPRUNE_ISA), dots, dot, load, scale, distance, moments};
 
 }  // namespace flashprune::FLASHPRUNE_ISA

@@ -49,6 +49,12 @@ std::vector<int64_t> segment_bounds(const Tensor& cu_seqlens, int64_t tokens) {
 
 }  // namespace
 
+void check_frames(const Tensor& features, int64_t frames) {
+  check(features.dim() == 2, "features: expected [N, D] of one video, got " + shape_text(features, features.dim()));
+  check(frames >= 1 && features.size(0) >= frames && features.size(0) % frames == 0,
+        "frames: expected a divisor of N=" + std::to_string(features.size(0)) + ", got " + std::to_string(frames));
+}
+
 Segments::Segments(const Tensor& tokens, int64_t token_dims, const char* name, const std::vector<int64_t>& k,
                    const std::optional<Tensor>& cu_seqlens) {
   const auto add = [&](int64_t batch, int64_t begin, int64_t n, int64_t kept, int64_t base) {

@@ -23,6 +23,9 @@ void check(bool condition, const std::string& message);
 // The operators' `block` argument, checked.
 int block_size(int64_t block);
 
+// features: [N, D] of one video, in frames of equal size.
+void check_frames(const Tensor& features, int64_t frames);
+
 // Tokens that are pruned together.
 struct Segment {
   int index;

@@ -33,6 +33,12 @@ struct Kernels {
 
   // row[0:d] *= scale.
   void (*scale)(float* row, int64_t d, float factor);
+
+  // Squared distance of two scratch rows.
+  float (*distance)(const float* a, const float* b, int64_t d);
+
+  // Welford's update of each element's mean and sum of squared deviations by one more row; share is 1 / their number.
+  void (*moments)(const float* row, int64_t d, float share, float* mean, float* squares);
 };
 
 // The tables that this processor runs, fastest first.

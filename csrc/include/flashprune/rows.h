@@ -55,10 +55,13 @@ class Rows {
   int size() const { return n_; }
   int64_t width() const { return d_; }
 
+  // Writes row i as it is.
+  void read(int i, float* out) const { kernels().load(data_ + i * stride_bytes_, dtype_, d_, out); }
+
   // Writes row i divided by its norm; zeros where the norm is zero or not finite. Safe for different i at once.
   void load(int i, float* out) {
     const Kernels& kernel = kernels();
-    kernel.load(data_ + i * stride_bytes_, dtype_, d_, out);
+    read(i, out);
     if (inverse_norm_[i] < 0.0f) {
       float squared;
       kernel.dots(&out, 1, &out, 1, d_, &squared, 1);
