@@ -11,6 +11,7 @@ from .positions import pack_positions, unpack_positions
 from .relevance import text_relevance
 from .scorer import VisionSelector
 from .selectors import dpp_select, maxmin_select, mis_select, mmr_select, topk_select
+from .video import evs_select, vidcom2_select
 from .workspaces import workspace
 
 try:
@@ -28,6 +29,7 @@ __all__ = [
     "debias",
     "divprune",
     "dpp_select",
+    "evs_select",
     "fastv",
     "idpruner",
     "indices_to_mask",
@@ -47,5 +49,6 @@ __all__ = [
     "text_relevance",
     "topk_select",
     "unpack_positions",
+    "vidcom2_select",
     "workspace",
 ]

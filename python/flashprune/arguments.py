@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import checks
+from . import budgets, checks
 from .checks import Grid
 from .grids import token_positions
 
@@ -86,3 +86,37 @@ def dpp(features: Tensor, relevance: Tensor, k: Any, cu_seqlens: Tensor | None, 
     checks.per_token("relevance", relevance, features)
     checks.flag("sort", sort)
     return checks.budgets(k, features, cu_seqlens)
+
+
+def video(
+    rule: str, features: Tensor, thw: Sequence[int] | Tensor, merge: int, q: float, sort: bool
+) -> tuple[int, float, int]:
+    """Frames, the share kept, and the number of tokens kept by the budget rule."""
+    checks.features(features)
+    if features.ndim != 2:
+        raise ValueError(f"features must be [N, D] of one video, got {checks.shape(features)}")
+    sides = _thw(thw)
+    merge = checks.integer("merge", merge, 1)
+    keep = 1.0 - checks.number("q", q, 0, 1)
+    checks.flag("sort", sort)
+    frames, rows, columns = sides[0], sides[1] // merge, sides[2] // merge
+    tokens = frames * rows * columns
+    if tokens != features.shape[0]:
+        merged = f" with merge={merge}" if merge > 1 else ""
+        raise ValueError(f"thw={sides}{merged} holds {tokens} tokens, features has {features.shape[0]}")
+    if tokens == 0:
+        raise ValueError(f"thw={sides} with merge={merge} leaves no token")
+    return frames, keep, budgets.budget(tokens, keep, rule=rule, tokens_per_frame=rows * columns)
+
+
+def _thw(thw: Any) -> tuple[int, int, int]:
+    if isinstance(thw, Tensor):
+        if thw.is_floating_point() or thw.is_complex() or tuple(thw.shape) != (3,):
+            raise TypeError(f"thw must be 3 ints or an integer tensor [3], got {thw.dtype} {checks.shape(thw)}")
+        if thw.device.type != "cpu":
+            raise ValueError(f"thw is read by the host and must be ints or on the CPU, got {thw.device}")
+        thw = thw.tolist()
+    if not isinstance(thw, list | tuple) or len(thw) != 3:
+        raise TypeError(f"thw must be 3 ints or an integer tensor [3], got {thw!r}")
+    t, h, w = (checks.integer(f"thw[{i}]", side, 1) for i, side in enumerate(thw))
+    return t, h, w

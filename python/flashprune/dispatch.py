@@ -14,7 +14,7 @@ from . import checks, native, operators, triton_ops
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 READY = "ready"
 # Wide stages, which read everything once: those of the cuda backend are Triton kernels.
-WIDE = ("query_attention", "received_attention")
+WIDE = ("query_attention", "received_attention", "evs_select", "vidcom2_select")
 OLDEST_TRITON = (3, 6)
 
 

@@ -50,12 +50,22 @@ def _dpp(features: Tensor, relevance: Tensor, k: list[int], cu_seqlens: Tensor |
     return _indices(relevance, k, cu_seqlens)
 
 
+def _evs(features: Tensor, frames: int, k: int, sort: bool) -> Tensor:
+    return features.new_empty(k, dtype=torch.int64)
+
+
+def _vidcom2(features: Tensor, frames: int, keep: float, k: int, sort: bool) -> Tensor:
+    return features.new_empty(k, dtype=torch.int64)
+
+
 SHAPES: dict[str, Callable[..., Tensor]] = {
     "topk_select": _topk,
     "mmr_select": _mmr,
     "mis_select": _mis,
     "maxmin_select": _maxmin,
     "dpp_select": _dpp,
+    "evs_select": _evs,
+    "vidcom2_select": _vidcom2,
 }
 
 

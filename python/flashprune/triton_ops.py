@@ -27,6 +27,8 @@ _SCHEMAS = {
     "bool pivots_suppress, bool sort) -> Tensor",
     "maxmin_select": "(Tensor features, int[] k, Tensor? cu_seqlens, bool sort) -> Tensor",
     "dpp_select": "(Tensor features, Tensor relevance, int[] k, Tensor? cu_seqlens, bool sort) -> Tensor",
+    "evs_select": "(Tensor features, int frames, int k, bool sort) -> Tensor",
+    "vidcom2_select": "(Tensor features, int frames, float keep, int k, bool sort) -> Tensor",
     "query_attention": "(Tensor query, Tensor key, float scale, Tensor? lse, Tensor? visual, SymInt[] span, "
     "Tensor? prior, float eps) -> Tensor",
     "received_attention": "(Tensor query, Tensor key, Tensor? cu_seqlens, SymInt? max_seqlen, float scale, "

@@ -13,6 +13,7 @@ from typing import Any
 from .. import metrics
 from .importance import debias, minmax, query_attention, received_attention, resize_prior, soft_topk
 from .selectors import dpp_select, maxmin_select, mis_select, mmr_select, topk_select
+from .video import evs_select, vidcom2_select
 
 _METHODS = ("cdpruner", "d2pruner", "divprune", "fastv", "idpruner", "naive_hybrid")
 
@@ -22,6 +23,7 @@ __all__ = [
     "debias",
     "divprune",
     "dpp_select",
+    "evs_select",
     "fastv",
     "idpruner",
     "maxmin_select",
@@ -35,6 +37,7 @@ __all__ = [
     "resize_prior",
     "soft_topk",
     "topk_select",
+    "vidcom2_select",
 ]
 
 
