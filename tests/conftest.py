@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +32,33 @@ def native() -> None:
 def emulation() -> ModuleType:
     """The CUDA kernels, compiled for the CPU: built in a checkout, not in a wheel."""
     return pytest.importorskip("flashprune._emulation")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny models as folders."""
+    pytest.importorskip("transformers")
+    from examples import tiny_models
+
+    root = tmp_path_factory.mktemp("models")
+    for family in tiny_models.FAMILIES:
+        tiny_models.save(family, root / family)
+    return {family: root / family for family in tiny_models.FAMILIES}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Seven photographs, in two folders."""
+    from tests.calibration import write_photos
+
+    sizes = [(120, 90), (90, 150), (112, 112), (160, 60), (70, 140), (140, 70), (100, 101)]
+    return write_photos(tmp_path / "photos", sizes)
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not under torchrun, whatever runs the tests."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
 @pytest.fixture(scope="session")
