@@ -105,6 +105,7 @@ class TestFigures:
             with Image.open(folder / PICTURE) as image:
                 image.verify()
 
+    @pytest.mark.filterwarnings("ignore:d2pruner without prior")
     def test_the_page_shows_what_the_model_kept_and_answered(
         self, views: dict[str, Path], folders: dict[str, Path]
     ) -> None:
