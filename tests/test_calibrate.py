@@ -25,12 +25,12 @@ from tests.calibration import (
     write_photos,
 )
 
-pytestmark = pytest.mark.usefixtures("one_process")
-
 import flashprune as fp
 from flashprune.cli import models
 from flashprune.integrations.transformers import Prior, prune
 from flashprune.integrations.transformers.calibration import AttentionReader
+
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.mark.parametrize("layer", [0, 2])

@@ -16,10 +16,10 @@ import torch
 from safetensors import safe_open
 from tests.calibration import assert_same, fails, photo, run, succeeds
 
-pytestmark = pytest.mark.usefixtures("one_process")
-
 from flashprune.integrations.transformers import Prior
 from flashprune.integrations.transformers.calibration import AttentionReader
+
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def stopped_after(monkeypatch: pytest.MonkeyPatch, images: int, error: BaseException) -> None:

@@ -11,11 +11,11 @@ from examples import tiny_models
 from safetensors.torch import load_file, save_file
 from tests.calibration import PROMPT, fails, photo
 
-pytestmark = pytest.mark.usefixtures("one_process")
-
 from flashprune.cli import calibrate as command
 from flashprune.cli import models
 from flashprune.cli.console import InputError
+
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def test_wrong_arguments(folders: dict[str, Path], photos: Path, tmp_path: Path) -> None:

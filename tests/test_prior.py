@@ -11,11 +11,11 @@ from examples import tiny_models
 from safetensors.torch import load_file, save_file
 from tests.calibration import PROMPT, eager, photo, succeeds
 
-pytestmark = pytest.mark.usefixtures("one_process")
-
 import flashprune as fp
 from flashprune.cli import models
 from flashprune.integrations.transformers import Prior, prune
+
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def test_prior_file_round_trip(tmp_path: Path) -> None:
