@@ -71,6 +71,64 @@ def test_a_pruned_model_computes_what_the_kept_tokens_give_by_hand(family: str, 
     assert output.logits.shape[1] == longest
 
 
+@pytest.mark.parametrize("method", ["divprune", "topk", "d2pruner"])
+@pytest.mark.parametrize("order", [(vlm.alone, vlm.video), (vlm.video, vlm.alone)], ids=["image first", "video first"])
+@pytest.mark.parametrize("family", [family for family in WITH_VIDEO if family != "internvl"])
+def test_an_image_and_a_video_in_one_prompt(family: str, order: Any, method: str) -> None:
+    model, _ = vlm.built(family)
+    parts = [make(family) for make in order]
+    given = vlm.joined([vlm.whole(model, part) for part in parts], parts)
+    batch = {name: value for part in parts for name, value in part.items()}
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if name in batch:
+            batch[name] = torch.cat([part[name] for part in parts], dim=1)
+    with prune(model, method, 0.3, scope="image", **vlm.settings(method)) as handle:
+        output = model(**batch)
+        found = greedy(model, batch, 6)
+    kept = vlm.kept_columns(handle.last, 0)
+    kinds = [item.kind for items in handle.last.items for item in items]
+    assert kinds == ["image" if make is vlm.alone else "video" for make in order]
+    right = vlm.logits(given, 0, kept, vlm.first_pruned(method))[0]
+    torch.testing.assert_close(output.logits[0, -1], right, atol=TOLERANCE, rtol=0)
+    check_reply(given, 0, kept, vlm.first_pruned(method), found)
+
+
+@pytest.mark.parametrize("method", ["divprune", "topk", "d2pruner"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_given_as_embeddings(family: str, method: str) -> None:
+    model, _ = vlm.built(family)
+    batch = vlm.three(family)
+    given = vlm.whole(model, batch)
+    places = {"position_ids": given.positions} if family in vlm.QWEN_VL else {}
+    embedded = {name: value for name, value in batch.items() if name not in ("input_ids", "mm_token_type_ids")}
+    embedded |= {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"]), **places}
+    with prune(model, method, 0.3, **vlm.settings(method)) as handle:
+        right, kept = model(**batch, **places).logits, [one.tolist() for one in handle.last.positions]
+        found = model(**embedded).logits
+    assert [one.tolist() for one in handle.last.positions] == kept
+    torch.testing.assert_close(found, right, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["divprune", "topk", "d2pruner"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_on_the_right(family: str, method: str) -> None:
+    model, _ = vlm.built(family)
+    batch = vlm.three(family)
+    columns = batch["input_ids"].shape[1]
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if name in batch:
+            padding = (columns - vlm.three(family)["attention_mask"].sum(1)).tolist()
+            batch[name] = torch.stack([row.roll(-n) for row, n in zip(batch[name], padding, strict=True)])
+    given = vlm.whole(model, batch, by_column=True)
+    with prune(model, method, 0.3, **vlm.settings(method)) as handle:
+        output = model(**batch)
+    for row in range(3):
+        kept = vlm.kept_columns(handle.last, row)
+        right = vlm.logits(given, row, kept, vlm.first_pruned(method))[0]
+        last = output.logits.shape[1] - padding[row] - 1
+        torch.testing.assert_close(output.logits[row, last], right, atol=TOLERANCE, rtol=0)
+
+
 @pytest.mark.parametrize("method", BEFORE + INSIDE)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keeping_everything_changes_no_bit(family: str, method: str) -> None:

@@ -66,56 +66,54 @@ def test_decoding_by_hand_without_position_ids(family: str, method: str, prompts
 
 @both
 @families
-def test_a_second_turn_on_the_same_cache(family: str, method: str) -> None:
+@pytest.mark.parametrize("prompts", ["alone", "three"])
+def test_a_second_turn_on_the_same_cache(family: str, method: str, prompts: str) -> None:
     model, processor = vlm.built(family)
-    batch = vlm.alone(family)
+    batch = getattr(vlm, prompts)(family)
     given = vlm.whole(model, batch)
     more = processor.tokenizer(" And the colour?", return_tensors="pt")["input_ids"]
     with pruned(model, method) as handle:
         first = generate(model, batch)
-        kept = vlm.kept_columns(handle.last, 0)
-        ids = torch.cat([first.sequences, more], dim=1)
-        turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": first.past_key_values}
+        kept = [vlm.kept_columns(handle.last, row) for row in range(len(given.ids))]
+        ids = torch.cat([first.sequences, more.expand(len(given.ids), -1)], dim=1)
+        new = ids.shape[1] - given.ids.shape[1]
+        mask = torch.cat([batch["attention_mask"], torch.ones(len(ids), new, dtype=torch.int64)], dim=1)
+        turn = {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
         second = generate(model, turn)
-    reply = second.sequences[0, given.ids.shape[1] :].tolist()
-    right = vlm.logits(given, 0, kept, vlm.first_pruned(method), reply[:-1])
-    close(torch.stack(second.logits, dim=1)[0], right[-8:])
+    for row in range(len(given.ids)):
+        reply = second.sequences[row, given.ids.shape[1] :].tolist()
+        right = vlm.logits(given, row, kept[row], vlm.first_pruned(method), reply[:-1])
+        close(torch.stack(second.logits, dim=1)[row], right[-8:])
 
 
 @both
 @families
+@pytest.mark.parametrize("first", ["image", "text"])
 @torch.no_grad()
-def test_a_second_turn_with_a_new_image(family: str, method: str) -> None:
+def test_a_new_image_on_the_cache_of_a_first_turn(family: str, method: str, first: str) -> None:
     model, processor = vlm.built(family)
-    images, prompts = [vlm.photo("astronaut.png", 112, 84), vlm.photo("coffee.png", 150, 150)], ["What?", "And this?"]
-    turns = [vlm.tiny_models.inputs(processor, [[image]], [text]) for image, text in zip(images, prompts, strict=True)]
-    tokens = [name for name, value in turns[0].items() if value.shape == turns[0]["input_ids"].shape]
-    joined = {name: torch.cat([turn[name] for turn in turns], dim=1) for name in tokens}
-    given = [vlm.whole(model, turn) for turn in turns]
-    start = given[0].ids.shape[1]
-    if family in QWEN_VL:
-        joined["image_grid_thw"] = torch.cat([turn["image_grid_thw"] for turn in turns])
-        positions = model.base_model.get_rope_index(**joined)[0]
-    else:
-        positions = torch.arange(start + given[1].ids.shape[1])[None, None]
-    together = vlm.Whole(
-        model,
-        joined["input_ids"],
-        torch.cat([one.embeds for one in given], dim=1),
-        positions,
-        joined["attention_mask"].bool(),
-        torch.cat([one.visual for one in given], dim=1),
-        [torch.cat(layers, dim=1) for layers in zip(*(one.deepstack for one in given), strict=True)],
-        [0],
-    )
-    numbers = positions if family in QWEN_VL else positions[0]
+    images = [[vlm.photo("astronaut.png", 112, 84)] if first == "image" else [], [vlm.photo("coffee.png", 150, 150)]]
+    turns = [
+        vlm.tiny_models.inputs(processor, [own], [text]) for own, text in zip(images, ["What?", "And?"], strict=True)
+    ]
+    given = vlm.joined([vlm.whole(model, turn) for turn in turns], turns)
+    numbers = given.positions if family in QWEN_VL else given.positions[0]
+    kept, columns, cache = [], 0, None
     with pruned(model, method) as handle:
-        output = model(**turns[0], position_ids=numbers[..., :start])
-        kept = vlm.kept_columns(handle.last, 0)
-        second = turns[1] | {"attention_mask": joined["attention_mask"], "position_ids": numbers[..., start:]}
-        output = model(**second, past_key_values=output.past_key_values)
-        kept += [start + column for column in vlm.kept_columns(handle.last, 0)]
-    close(output.logits[0, -1], vlm.logits(together, 0, kept, vlm.first_pruned(method))[0])
+        for turn, own in zip(turns, images, strict=True):
+            end = columns + turn["input_ids"].shape[1]
+            places = {"attention_mask": given.attended[:, :end].long(), "position_ids": numbers[..., columns:end]}
+            output = model(**{**turn, **places}, past_key_values=cache)
+            kept += [columns + column for column in (vlm.kept_columns(handle.last, 0) if own else [])]
+            columns, cache = end, output.past_key_values
+        found = [output.logits[0, -1]]
+        token = found[0].argmax()
+        mask = torch.ones(1, columns + 1, dtype=torch.int64)
+        after = (numbers.max() + 1).expand(*numbers.shape[:-1], 1)
+        text = {"input_ids": token[None, None], "attention_mask": mask, "position_ids": after}
+        found.append(model(**text, past_key_values=cache).logits[0, -1])
+    right = vlm.logits(given, 0, kept, vlm.first_pruned(method), [int(token)])
+    close(torch.stack(found), right)
 
 
 @both

@@ -155,6 +155,31 @@ def whole(model: Any, batch: Any, by_column: bool = False) -> Whole:
 
 
 @torch.no_grad()
+def joined(parts: list[Whole], batches: list[Any]) -> Whole:
+    """One prompt after another as one, its positions those of the unpruned model."""
+    base = parts[0].model.base_model
+    ids = torch.cat([part.ids for part in parts], dim=1)
+    attended, deltas = torch.ones_like(ids, dtype=torch.bool), [0]
+    positions = torch.arange(ids.shape[1])[None, None]
+    if hasattr(base, "get_rope_index"):
+        kinds = torch.cat([batch["mm_token_type_ids"] for batch in batches], dim=1)
+        media: dict[str, Any] = {}
+        for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts"):
+            found = [batch[name] for batch in batches if name in batch]
+            if found and name in inspect.signature(base.get_rope_index).parameters:
+                media[name] = torch.cat(found)
+        positions, delta = base.get_rope_index(ids, mm_token_type_ids=kinds, **media)
+        deltas = delta.flatten().tolist()
+    layers = max(len(part.deepstack) for part in parts)
+    deepstack = [
+        torch.cat([part.deepstack[i] if part.deepstack else torch.zeros_like(part.embeds) for part in parts], dim=1)
+        for i in range(layers)
+    ]
+    visual, embeds = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("visual", "embeds"))
+    return Whole(parts[0].model, ids, embeds, positions, attended, visual, deepstack, deltas)
+
+
+@torch.no_grad()
 def states(
     given: Whole,
     row: int,
