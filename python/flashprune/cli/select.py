@@ -19,6 +19,7 @@ from . import console, draw, files
 from .console import InputError
 from .photos import patch_features, stand_in_importance
 from .runs import METHODS, Run, Tokens, run, serving_device
+from .variants import read_keep
 
 _DIM = 1024
 _PATCHES = 576  # of an image without --grid, split by its aspect ratio
@@ -69,20 +70,10 @@ def parse_keep(keep: str, n: int) -> int:
 
     Raises InputError when it is neither, or out of range.
     """
-    text = keep.strip()
-    if re.fullmatch(r"[+-]?\d+", text):
-        count = int(text)
-        if not 1 <= count <= n:
-            raise InputError(f"--keep {keep}: a count must be between 1 and the {n} tokens there are")
-        return count
-    percent = text.endswith("%")
-    try:
-        ratio = float(text[:-1] if percent else text) / (100 if percent else 1)
-    except ValueError:
-        ratio = math.nan
-    if not 0 < ratio <= 1:
-        raise InputError(f"--keep must be a ratio above 0 and up to 1.0, or a count of 1 or more; got {keep}")
-    return fp.budget(n, ratio)
+    found = read_keep(keep.strip())
+    if isinstance(found, int) and found > n:
+        raise InputError(f"--keep {keep}: a count must be between 1 and the {n} tokens there are")
+    return fp.budget(n, found)
 
 
 def parse_grid(grid: str) -> tuple[int, int]:

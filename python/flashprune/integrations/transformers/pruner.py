@@ -94,8 +94,9 @@ class Pruner:
 
     def _replace(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """An attribute of this one object, found before its class's method until removed."""
+        own = vars(owner).get(name)
         setattr(owner, name, make(getattr(owner, name)))
-        self._undo.append(lambda: delattr(owner, name))
+        self._undo.append(lambda: delattr(owner, name) if own is None else setattr(owner, name, own))
 
     # What the encoder delivers
 

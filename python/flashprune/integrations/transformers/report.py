@@ -90,5 +90,8 @@ class Selection:
 
     @property
     def seconds(self) -> float:
-        """Time of the importance and selection of this prefill; on a GPU reading it waits for the GPU."""
+        """Time of importance and selection in this prefill; on a GPU reading it waits for the GPU.
+
+        Importance from the encoder is not in it: that was computed while encoding.
+        """
         return self.stopwatch.seconds
