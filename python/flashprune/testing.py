@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, checks, replay
-from .reference import selectors
+from . import arguments, checks, replay, replay_video
+from .reference import selectors, video
 
 __all__ = ["Report", "check_selection"]
 
-METHODS = ("dpp", "maxmin", "mis", "mmr", "topk")
-SETS = ("topk", "mis")  # methods whose result can be checked without its order
+VIDEO = ("evs", "vidcom2")
+METHODS = ("dpp", "maxmin", "mis", "mmr", "topk", *VIDEO)
+SETS = ("topk", "mis", *VIDEO)  # methods whose result can be checked without its order
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,14 @@ def check_selection(
     else the picks must be those of the total order, ties by index included.
 
     Args:
-        method: ``topk``, ``mmr``, ``mis``, ``maxmin`` or ``dpp``.
+        method: ``topk``, ``mmr``, ``mis``, ``maxmin``, ``dpp``, ``evs`` or ``vidcom2``.
         inputs: the tensors that the selector got, such as features and importance; any device.
         picks: what it returned, in the order picked (``sort=False``).
-        k: as given to the selector; None takes it from ``picks``.
+        k: as given to the selector; None takes it from ``picks``. Not for evs and vidcom2, which have a rule for it.
         cu_seqlens: as given to the selector.
-        sort: ``picks`` is ascending, not in pick order; topk and mis can be checked so, the others not.
-        params: the selector's other arguments, such as ``lam``; its defaults hold for those not given.
+        sort: ``picks`` is ascending, not in pick order; topk, mis, evs and vidcom2 can be checked so, the others not.
+            Of vidcom2 only the set is checked.
+        params: the selector's other arguments, such as ``lam``, or ``thw`` and ``q``; those not given have its defaults.
 
     Returns:
         A `Report`; ``report.raise_if_bad()`` turns a wrong selection into an AssertionError.
@@ -85,6 +87,10 @@ def check_selection(
     checks.choice("method", method, METHODS)
     if checks.flag("sort", sort) and method not in SETS:
         raise ValueError(f"{method} is replayed in pick order, so sort must be False, got True")
+    if method in VIDEO:
+        if k is not None or cu_seqlens is not None:
+            raise ValueError(f"{method} takes thw, merge and q, not k or cu_seqlens")
+        return _check_video(method, *inputs, picks=picks.cpu(), sort=sort, **params)
     inputs, cu_seqlens, picks = tuple(x.cpu() for x in inputs), _host(cu_seqlens), picks.cpu()
     params = {name: _host(value) for name, value in params.items()}
     given = inspect.signature(getattr(selectors, f"{method}_select")).bind(
@@ -112,6 +118,20 @@ def check_selection(
         one = [x if x is None else x[rows] for x in tensors]
         found += [(segment, finding) for finding in getattr(replay, method)(part, *one, **settings, **extra)]
     return _report(method, found)
+
+
+def _check_video(method: str, features: Tensor, *, picks: Tensor, sort: bool, **params: Any) -> Report:
+    given = inspect.signature(getattr(video, f"{method}_select")).bind(features.cpu(), sort=sort, **params)
+    given.apply_defaults()
+    settings = {name: value for name, value in given.arguments.items() if name != "backend"}
+    frames, keep, k = arguments.video(method, **settings)
+    features = settings["features"]
+    bad = _malformed(picks, features, [k], None, sort, tokens_last=False)
+    if bad:
+        return Report(method, False, math.inf, 0.0, -1, -1, f"{method}: {bad}")
+    features = features.to(checks.working_dtype(features))
+    found = getattr(replay_video, method)(picks, features, frames=frames, keep=keep, sort=sort)
+    return _report(method, [(0, finding) for finding in found])
 
 
 def _report(method: str, found: list[tuple[int, replay.Finding]]) -> Report:
