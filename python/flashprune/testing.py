@@ -69,7 +69,7 @@ def check_selection(
         cu_seqlens: as given to the selector.
         sort: ``picks`` is ascending, not in pick order; topk, mis, evs and vidcom2 can be checked so, the others not.
             Of vidcom2 only the set is checked.
-        params: the selector's other arguments, such as ``lam``, or ``thw`` and ``q``; those not given have its defaults.
+        params: the selector's other arguments, such as ``lam``, or ``thw`` and ``q``; others have its defaults.
 
     Returns:
         A `Report`; ``report.raise_if_bad()`` turns a wrong selection into an AssertionError.
