@@ -121,9 +121,11 @@ def test_padding_on_the_right(family: str, method: str) -> None:
             batch[name] = torch.stack([row.roll(-n) for row, n in zip(batch[name], padding, strict=True)])
     given = vlm.whole(model, batch, by_column=True)
     with prune(model, method, 0.3, **vlm.settings(method)) as handle:
-        output = model(**batch)
+        output, last_prefill = model(**batch), handle.last
+        model(**vlm.three(family))
     for row in range(3):
-        kept = vlm.kept_columns(handle.last, row)
+        kept = vlm.kept_columns(last_prefill, row)
+        assert kept == [column - padding[row] for column in vlm.kept_columns(handle.last, row)]
         right = vlm.logits(given, row, kept, vlm.first_pruned(method))[0]
         last = output.logits.shape[1] - padding[row] - 1
         torch.testing.assert_close(output.logits[row, last], right, atol=TOLERANCE, rtol=0)

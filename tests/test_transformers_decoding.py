@@ -112,6 +112,9 @@ def test_a_new_image_on_the_cache_of_a_first_turn(family: str, method: str, firs
         after = (numbers.max() + 1).expand(*numbers.shape[:-1], 1)
         text = {"input_ids": token[None, None], "attention_mask": mask, "position_ids": after}
         found.append(model(**text, past_key_values=cache).logits[0, -1])
+        if first == "text":  # cached or not, the image is chosen from alike
+            model(**{**turns[1], "input_ids": given.ids, "attention_mask": mask[:, :-1], "position_ids": numbers})
+            assert vlm.kept_columns(handle.last, 0) == kept
     right = vlm.logits(given, 0, kept, vlm.first_pruned(method), [int(token)])
     close(torch.stack(found), right)
 
