@@ -212,3 +212,21 @@ def test_a_forward_that_fails_leaves_no_trace_for_the_next(family: str, method: 
         assert torch.equal(model(**batch).logits, pruned)
     assert vlm.footprint(model) == footprint
     assert torch.equal(model(**batch).logits, before)
+
+
+def test_what_another_has_put_on_the_model_stays() -> None:
+    model, _ = vlm.built("llava")
+    base, batch = model.base_model, vlm.alone("llava")
+    encode, calls = base.get_image_features, []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return encode(*args, **kwargs)
+
+    base.get_image_features = counting
+    try:
+        with prune(model, "divprune", 0.3):
+            model(**batch)
+        assert calls == [1] and base.get_image_features is counting
+    finally:
+        del base.get_image_features
