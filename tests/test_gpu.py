@@ -16,6 +16,7 @@ from flashprune.cli import cases as validation
 from flashprune.cli import validate
 from inputs import DISTANCES, VARIANTS, Variant, exact, gaussian
 from test_dispatch import Recorder
+from videos import ADVERSARIAL, check, check_form, still, walk
 
 pytestmark = [
     pytest.mark.gpu,
@@ -228,6 +229,37 @@ def test_minmax_has_the_bits_of_the_tensor_form(dtype: torch.dtype) -> None:
     bounds = torch.tensor([0, 1000, 1000, 1001, 5000], dtype=torch.int32)
     got = quietly(fp.minmax, scores[0].cuda(), cu_seqlens=bounds.cuda())
     assert torch.equal(got.cpu(), fp.minmax(scores[0], cu_seqlens=bounds))
+
+
+@pytest.mark.parametrize("method", ["evs", "vidcom2"])
+@every_dtype
+@pytest.mark.parametrize(("thw", "d"), [((1, 6, 6), 64), ((8, 14, 14), 1024), ((64, 12, 15), 300), ((300, 1, 1), 33)])
+def test_videos(method: str, dtype: torch.dtype, thw: tuple[int, int, int], d: int) -> None:
+    """Within rounding, without waiting, the same each time, wherever the rows lie."""
+    needs("triton", f"{method}_select")
+    select = getattr(fp, f"{method}_select")
+    for make in (walk, still):
+        features = make(thw, d).to("cuda", dtype)
+        for q in (0.0, 0.75):
+            picks = quietly(select, features, thw, q=q)
+            check(method, features.cpu(), picks.cpu(), thw=thw, q=q)
+            assert all(torch.equal(picks, select(features, thw, q=q)) for _ in range(3))
+            apart = features.t().contiguous().t()
+            assert torch.equal(picks, select(apart, thw, q=q))
+            padded = torch.nn.functional.pad(features, (1, 2))[:, 1 : d + 1]
+            assert torch.equal(picks, select(padded, thw, q=q))
+
+
+@pytest.mark.parametrize("method", ["evs", "vidcom2"])
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_adversarial_videos(method: str, name: str) -> None:
+    needs("triton", f"{method}_select")
+    for thw in ((4, 9, 9), (1, 1, 1), (50, 1, 1)):
+        features = walk(thw)
+        ADVERSARIAL[name](features)
+        for q in (0.0, 0.5, 1.0):
+            picks = quietly(getattr(fp, f"{method}_select"), features.cuda(), thw, q=q)
+            check_form(method, features, picks.cpu(), thw, q)
 
 
 def test_positions_keep_every_bit() -> None:

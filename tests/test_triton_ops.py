@@ -131,6 +131,34 @@ def test_public_importance_by_name(device: torch.device) -> None:
     assert torch.equal(graph(query, key, tokens, keys), expected)
 
 
+VIDEO = {"evs_select": (), "vidcom2_select": (0.5,)}
+each_video = pytest.mark.parametrize("op", VIDEO)
+
+
+@each_video
+@pytest.mark.parametrize("sort", [True, False])
+def test_opcheck_of_videos(op: str, sort: bool, device: torch.device) -> None:
+    operands = (gaussian(12, 16)[0].to(device), 3, *VIDEO[op], 6, sort)
+    torch.library.opcheck(operator(op), operands, test_utils=("test_schema", "test_faketensor"))
+
+
+@each_video
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.usefixtures("interpreted")
+def test_public_videos_by_name(op: str, backend: str, device: torch.device) -> None:
+    features = gaussian(12, 16)[0].to(device)
+
+    def select(features: torch.Tensor) -> torch.Tensor:
+        return getattr(fp, op)(features * 2, (3, 4, 4), 2, q=0.5, sort=False, backend=backend)
+
+    with Recorder() as recorder:
+        picks = select(features)
+    assert {name for name in recorder.ran if "flashprune" in name} == {f"flashprune_triton::{op}"}
+    assert torch.equal(picks.cpu(), getattr(fp, op)(features.cpu(), (3, 2, 2), q=0.5, sort=False, backend="reference"))
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(select, fullgraph=True, backend="aot_eager")(features), picks)
+
+
 def test_every_operator_traces_without_its_kernel() -> None:
     """Shapes come from the registration alone, so a graph is traced on a machine that cannot run it."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -135,6 +135,23 @@ TABLE: dict[str, tuple[tuple[Any, ...], ...]] = {
         ("device",     "dtype", "up to", "BLOCK", "num_warps", "num_stages"),
         (ANY,          EVERY,   LARGE,    128,     4,           3),
     ),
+    # A video's tokens: whole rows, tiles of channels, and lines of channels or frames.
+    "frames": (
+        ("device",     "dtype", "up to", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages"),
+        (ANY,          EVERY,   LARGE,    4,         512,       8,           2),
+    ),
+    "moments": (
+        ("device",     "dtype", "up to", "ROWS", "COLS", "num_warps", "num_stages"),
+        (ANY,          EVERY,   LARGE,    32,     64,     4,           2),
+    ),
+    "video": (
+        ("device",     "dtype", "up to", "BLOCK", "num_warps", "num_stages"),
+        (ANY,          EVERY,   LARGE,    256,     4,           2),
+    ),
+    "ranks": (
+        ("device",     "dtype", "up to", "ROWS", "COLS", "num_warps", "num_stages"),
+        (ANY,          EVERY,   LARGE,    64,     64,     4,           2),
+    ),
     "minmax": (
         ("device",     "dtype", "up to", "BLOCK", "num_warps", "num_stages"),
         (ANY,          EVERY,   LARGE,    1024,    4,           3),
