@@ -125,6 +125,8 @@ FURTHER = (
     Case("idpruner", 2880, 4096, 288),
     Case("d2pruner", 576, 4096, 64),
     Case("d2pruner", 2560, 4096, 256),
+    Case("evs", 3136, 3584, 784, "gaussian", shape=(16, 14, 14)),
+    Case("vidcom2", 3136, 3584, 784, "gaussian", shape=(16, 14, 14)),
 )
 
 CASES = HEADLINE + FURTHER

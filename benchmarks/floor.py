@@ -58,6 +58,8 @@ def work(case: Case) -> tuple[int, int]:
         query = tokens * case.heads * case.d * case.dtype.itemsize
         # The scores twice: for the sums of their rows, then by column.
         return key + query + 4 * tokens, 4 * sum(n * n for n, _ in each) * case.heads * case.d
+    if case.op in ("evs", "vidcom2"):
+        return tokens * case.d * case.dtype.itemsize + 8 * kept, 0
     flops = 2 * case.d * sum(n * k for n, k in each)
     if case.op == "maxmin":  # the first pick is the token farthest from its nearest other one: half of all pairs
         flops += case.d * sum(n * n for n, _ in each)

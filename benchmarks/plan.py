@@ -13,6 +13,7 @@ from .cases import HEADLINE, Case
 from .presets import PRESETS, cases_of
 
 IMPORTANCE = ("query_attention", "received_attention")
+VIDEO = ("evs", "vidcom2")  # only where they are asked for
 OPS = ("mmr", "mis", "maxmin", "dpp", "topk", "importance", "d2pruner", "idpruner")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -81,6 +82,8 @@ def _case(op: str, n: int, dim: int, k: int, batch: int, dtype: torch.dtype) -> 
         return Case(op, n, 128, k, "gaussian", dtype, heads=28, kv_heads=4, batch=batch)
     if op == "received_attention":  # of an encoder
         return Case(op, n, 64, k, "gaussian", dtype, heads=16, batch=batch)
+    if op in VIDEO:  # whose cost depends on the data no more than top-k's
+        return Case(op, n, dim, k, "gaussian", dtype, batch=batch)
     return Case(op, n, dim, k, dtype=dtype, batch=batch)
 
 
@@ -91,8 +94,8 @@ def _kept(n: int, keep: float) -> int:
 
 def _ops(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
-        if name not in (*OPS, *IMPORTANCE):
-            raise ValueError(f"op must be one of {', '.join(OPS)}; got {name}")
+        if name not in (*OPS, *IMPORTANCE, *VIDEO):
+            raise ValueError(f"op must be one of {', '.join((*OPS, *VIDEO))}; got {name}")
     found = [op for name in names or OPS for op in (IMPORTANCE if name == "importance" else (name,))]
     return tuple(dict.fromkeys(found))
 

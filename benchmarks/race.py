@@ -82,14 +82,14 @@ def products(case: Case, features: Tensor) -> dict[str, Run]:
     return {PRODUCTS: lambda: [x @ rows for x, rows in pairs][-1]}
 
 
-def picks_check(method: str, *inputs: Tensor, k: int, **params: object) -> Callable[[Tensor], str]:
+def picks_check(method: str, *inputs: Tensor, **params: object) -> Callable[[Tensor], str]:
     """Replays picks in float64 (``flashprune.testing.check_selection``); equal picks are replayed once."""
     passed: list[Tensor] = []
 
     def check(picks: Tensor) -> str:
         if any(torch.equal(picks, known) for known in passed):
             return ""
-        report = check_selection(method, *inputs, picks=picks, k=k, **params)
+        report = check_selection(method, *inputs, picks=picks, **params)
         if report.ok:
             passed.append(picks)
         return "" if report.ok else report.message

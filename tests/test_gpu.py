@@ -246,8 +246,8 @@ def test_videos(method: str, dtype: torch.dtype, thw: tuple[int, int, int], d: i
             assert all(torch.equal(picks, select(features, thw, q=q)) for _ in range(3))
             apart = features.t().contiguous().t()
             assert torch.equal(picks, select(apart, thw, q=q))
-            padded = torch.nn.functional.pad(features, (1, 2))[:, 1 : d + 1]
-            assert torch.equal(picks, select(padded, thw, q=q))
+            padded = torch.nn.functional.pad(features, (1, 2))[:, 1 : d + 1]  # sums may have another order there
+            check(method, features.cpu(), quietly(select, padded, thw, q=q).cpu(), thw=thw, q=q)
 
 
 @pytest.mark.parametrize("method", ["evs", "vidcom2"])

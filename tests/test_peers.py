@@ -15,8 +15,10 @@ from benchmarks.peers import (
     compiled,
     dense_mis,
     divprune,
+    evs,
     nms_mis,
     uniattn,
+    vidcom2,
 )
 
 from flashprune import reference
@@ -105,6 +107,22 @@ def test_angelslim_computes_in_float32(dtype):
     features = g["features"].to(dtype)
     widened = angelslim_idpruner.idpruner(features.float(), g["scores"], 14)
     assert torch.equal(angelslim_idpruner.idpruner(features, g["scores"], 14), widened)
+
+
+@golden("evs")
+def test_evs_is_vllms(case):
+    assert_published_mask(evs.retention_mask, case)
+
+
+@golden("vidcom2")
+def test_vidcom2_is_vllms(case):
+    assert_published_mask(vidcom2.retention_mask, case)
+
+
+def assert_published_mask(retention_mask, case):
+    g, (frames, h, w) = tensors(case), case["thw"]
+    mask = retention_mask(g["features"], (frames, h // case["merge"], w // case["merge"]), case["q"])
+    assert mask.dtype == torch.bool and torch.equal(mask, g["mask"])
 
 
 @golden("divprune")
