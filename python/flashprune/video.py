@@ -32,8 +32,8 @@ def evs_select(
     """The tokens of a video that differ most from the token at the same place of the frame before.
 
     The first frame is kept whole; of the others the tokens with the largest ``1 - cosine`` to their predecessor, over
-    the whole video. Source: Efficient Video Sampling (arXiv 2510.14624), sections 3 and 4, as vLLM's
-    ``multimodal/video_prune/evs.py`` computes it, there in the features' type.
+    the whole video. Source: Efficient Video Sampling (EVS, arXiv 2510.14624), as vLLM 0.33 computes it in
+    ``multimodal/video_prune/evs.py``, there in the features' type.
 
     Args:
         features: ``[N, D]`` with ``N = T * (H // merge) * (W // merge)``, frame after frame; float32, float16 or
@@ -79,8 +79,8 @@ def vidcom2_select(
     Tokens are normalised over the half of the channels that vary least over the video. A token's similarity is a sum of
     Gaussians of its distance to the mean token of the video and to that of its frame. Frames share the budget by a
     softmax over how unlike the video their tokens are, at least one token each; each keeps its least similar ones, and
-    rounding is made up for over all frames. Source: Video Compression Commander (arXiv 2505.14454) and vLLM's
-    ``multimodal/video_prune/vidcom2.py``, there in the features' type.
+    rounding is made up for over all frames. Source: Video Compression Commander (VidCom2, arXiv 2505.14454), as vLLM
+    0.33 computes it in ``multimodal/video_prune/vidcom2.py``, there in the features' type.
 
     Args:
         features: ``[N, D]`` with ``N = T * (H // merge) * (W // merge)``, frame after frame; float32, float16 or
