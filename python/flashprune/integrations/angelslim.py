@@ -58,8 +58,9 @@ def flashprune_d2pruner(
     """D2Pruner, which AngelSlim has not: `flashprune.d2pruner` after an LLM layer, by its attention.
 
     In the configuration it stands at the layer after which to prune, with the ``requirements`` ``llm_q_layers`` and
-    ``llm_k_layers`` of `layer_idx`, and ``feature_map: true`` for the hidden states. `prior`: a file of `flashprune
-    calibrate`. With `alpha` below 1 or a prior, tokens need places: ``image_grid_thw``, or images of square grids.
+    ``llm_k_layers`` of `layer_idx`, and ``feature_map: true`` for the features, which AngelSlim takes before its first
+    attention layer. `prior`: a file of `flashprune calibrate`. With `alpha` below 1 or a prior, tokens need places:
+    ``image_grid_thw``, or images of square grids.
     """
     query, key = context.llm_q.get(layer_idx), context.llm_k.get(layer_idx)
     if query is None or key is None:
