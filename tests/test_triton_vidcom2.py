@@ -87,6 +87,13 @@ def test_frame_budgets(frames: int, device: torch.device) -> None:
         assert torch.equal(budgets.cpu().long()[clear], expected[clear])
 
 
+@pytest.mark.parametrize(("places", "expected"), [(5, 2), (6, 3), (7, 4), (1, 1)])
+def test_half_a_token_goes_to_the_even_number(places: int, expected: int, device: torch.device) -> None:
+    budgets = torch.empty(4, dtype=torch.int32, device=device)
+    vidcom2.budgets_kernel[(1,)](torch.full((4,), 3.0, device=device), budgets, 4, places, 0.5, **LINE)
+    assert budgets.tolist() == [expected] * 4
+
+
 @pytest.mark.parametrize("places", [1, 5, RANKS["COLS"] + 3, RANKS["ROWS"] + 70])
 def test_ranks(places: int, device: torch.device) -> None:
     """Many ties, both within budgets and beyond."""
@@ -116,7 +123,9 @@ def test_adversarial_videos(name: str, device: torch.device) -> None:
         features = walk(thw)
         ADVERSARIAL[name](features)
         for q in (0.0, 0.6, 1.0):
-            check_form("vidcom2", features, select(features, thw, q, device), thw, q)
+            picks = select(features, thw, q, device)
+            check_form("vidcom2", features, picks, thw, q)
+            check("vidcom2", features, picks, thw=thw, q=q)
 
 
 def test_equal_tokens_go_by_index(device: torch.device) -> None:

@@ -64,6 +64,7 @@ def test_adversarial_videos(name: str, thw: tuple[int, int, int], backend: str) 
     for q in SHARES:
         picks = fp.vidcom2_select(features, thw, q=q, backend=backend)
         check_form("vidcom2", features, picks, thw, q)
+        check("vidcom2", features, picks, thw=thw, q=q)
         assert torch.equal(picks, fp.vidcom2_select(features, thw, q=q, backend=backend))
 
 

@@ -66,7 +66,8 @@ ADVERSARIAL: dict[str, Callable[[Tensor], object]] = {
     "two tokens": lambda x: x.copy_(x[torch.arange(len(x)) % 2]),
     "opposite": lambda x: x[1::2].neg_(),
     "one far": lambda x: x[0].mul_(1e6),
-    "huge": lambda x: x.mul_(1e19),
+    "huge": lambda x: x.mul_(1e25),
+    "infinite rows": lambda x: x[1::3].fill_(math.inf),
 }
 
 

@@ -54,9 +54,12 @@ def vidcom2(picks: Tensor, features: Tensor, *, frames: int, keep: float, sort: 
 
 def _channel_sets(features: Tensor) -> Iterator[Tensor]:
     """Indices of the steadiest half of the channels: the float64 choice, then others within rounding."""
-    wide, eps, count = features.double(), torch.finfo(features.dtype).eps, max(1, features.shape[1] // 2)
+    wide, limits, count = features.double(), torch.finfo(features.dtype), max(1, features.shape[1] // 2)
     variances, squares = wide.var(0, correction=0), wide.mean(0) ** 2
-    errors = (math.sqrt(len(features)) + 8) * eps * ((variances * (variances + squares)).sqrt() + eps * squares)
+    spread = (variances * (variances + squares)).sqrt() + limits.eps * squares
+    finite = variances < limits.max  # false for NaN too
+    variances = torch.where(finite, variances, math.inf)
+    errors = torch.where(finite, (math.sqrt(len(features)) + 8) * limits.eps * spread, 0.0)
     chosen, others = ranked(-variances).tensor_split([count])
     low, high = variances - errors, variances + errors
     least = low[others].min() if len(others) else math.inf
