@@ -72,6 +72,20 @@ def test_wrong_pick_is_found(op: str, monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("one_dtype")
+@pytest.mark.parametrize("op", cases.VIDEO)
+def test_wrong_token_of_a_video_is_found(op: str, monkeypatch) -> None:
+    sound = getattr(fp, f"{op}_select")
+
+    def broken(features: torch.Tensor, **options: object) -> torch.Tensor:
+        return swap_last_for_unpicked(sound(features, **options), len(features))
+
+    monkeypatch.setattr(fp, f"{op}_select", broken)
+    result = quick(op)
+    assert result.exit_code == 1
+    assert re.search(rf"FAILED {op}:\d+ reference float32: .*thw=2x5x7 D=\d+ q=0.75: ", result.stdout), result.stdout
+
+
+@pytest.mark.usefixtures("one_dtype")
 @pytest.mark.parametrize("op", cases.SELECTORS)
 def test_wrong_tie_rule_is_found(op: str, monkeypatch) -> None:
     """A selector that prefers the higher index among equals."""

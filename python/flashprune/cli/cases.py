@@ -16,7 +16,8 @@ from torch import Generator, Tensor
 
 SELECTORS = ("topk", "mmr", "mis", "maxmin", "dpp")
 ATTENTION = ("query_attention", "received_attention")
-OPERATORS = SELECTORS + ATTENTION
+VIDEO = ("evs", "vidcom2")
+OPERATORS = SELECTORS + ATTENTION + VIDEO
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def cases(op: str, seed: int, quick: bool) -> Iterator[Case]:
     """All cases of an operator."""
     if op in SELECTORS:
         return _selector_cases(op, seed, quick)
+    if op in VIDEO:
+        return _video_cases(op, seed, quick)
     return _attention_cases(op, seed, quick)
 
 
@@ -244,6 +247,29 @@ _KINDS: Mapping[str, Mapping[str, Make]] = {
     },
 }
 _EXACT_KINDS = ("signs", "hadamard")
+
+
+# Videos: (T, H, W) and q.
+
+_VIDEOS: tuple[tuple[tuple[int, int, int], float], ...] = (
+    ((1, 6, 6), 0.5),
+    ((2, 5, 7), 0.75),
+    ((33, 1, 1), 0.9),
+    ((8, 9, 7), 0.0),
+    ((16, 14, 14), 0.75),
+    ((64, 6, 9), 0.25),
+)
+_QUICK_VIDEOS = 4
+
+
+def _video_cases(op: str, seed: int, quick: bool) -> Iterator[Case]:
+    number = 0
+    for thw, q in _VIDEOS[:_QUICK_VIDEOS] if quick else _VIDEOS:
+        for kind, make in _KINDS["maxmin"].items():
+            inputs = make((math.prod(thw),), _generator(seed, op, number))
+            text = f"{kind} thw={'x'.join(map(str, thw))} D={inputs[0].shape[-1]} q={q}"
+            yield Case(op, number, text, inputs, {"thw": thw, "q": q}, op == "evs" and kind in _EXACT_KINDS)
+            number += 1
 
 
 # Attention: (layout, query heads, key heads, head dimension, settings); the settings name what is built.

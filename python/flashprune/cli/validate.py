@@ -14,7 +14,7 @@ import flashprune as fp
 from flashprune import dispatch
 
 from . import console
-from .cases import ATTENTION, OPERATORS, SELECTORS, Case, cases, log_sums
+from .cases import ATTENTION, OPERATORS, Case, cases, log_sums
 from .console import InputError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -110,7 +110,7 @@ def _run(tally: Tally, case: Case, device: torch.device, options: str) -> None:
     tally.cases += 1
     inputs = tuple(x.to(device, tally.dtype) for x in case.inputs)
     params = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in case.params.items()}
-    check = _check_selector if case.op in SELECTORS else _check_attention
+    check = _check_attention if case.op in ATTENTION else _check_selector
     try:
         size, complaint = check(case, inputs, params, tally.backend)
     except Exception as error:  # whatever an operator raises on valid input is a failure of this case, not of the rest
