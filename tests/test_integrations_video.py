@@ -126,6 +126,14 @@ def test_masks_are_those_of_the_reference(settings: Settings) -> None:
             assert mask.nonzero().flatten().tolist() == by_hand(settings, film(seed), q).tolist()
 
 
+@pytest.mark.parametrize("frames_at_a_time", [1, 2, 3, 5, 6])
+def test_redundancy_is_computed_in_parts(frames_at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = video.redundancy(film(), FRAMES)
+    assert whole[:20].eq(1).all() and whole[20:].lt(1).all()
+    monkeypatch.setattr(video, "_CHUNK", frames_at_a_time * ROWS * COLUMNS * 16)
+    assert torch.equal(video.redundancy(film(), FRAMES), whole)
+
+
 def test_options_change_what_is_kept() -> None:
     """So that the test above would see an option that is not passed on."""
     kept = {

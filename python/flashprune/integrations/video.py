@@ -36,6 +36,7 @@ _OPTIONS = {"mmr": ("IMPORTANCE", "LAMBDA"), "mis": ("IMPORTANCE", "THRESHOLD"),
 _NAMES = ("METHOD", "RATE", "IMPORTANCE", "LAMBDA", "THRESHOLD")
 _BY_PROMPT = ("d2pruner", "fastv", "cdpruner")
 _SELECTOR_OF = {"idpruner": "mmr", "divprune": "maxmin"}
+_CHUNK = 2**24  # values
 _counters = {"videos": 0, "tokens": 0, "kept": 0}
 
 
@@ -201,10 +202,25 @@ class Pruning:
         """float32 ``[N]``, in 0..1."""
         if self.settings.importance == "norm":
             return minmax(torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32))
-        return dissimilarity(features.float(), frames).clamp(max=2.0) / 2
+        return redundancy(features, frames)
 
     def _share(self, q: float) -> float:
         return _rate("q", q) if self.settings.rate is None else self.settings.rate
+
+
+def redundancy(features: Tensor, frames: int) -> Tensor:
+    """float32 ``[N]`` in 0..1: half of 1 - cosine to the same place of the frame before, 1 in the first frame.
+
+    A few frames at a time: the float32 copies of a whole video would take several times its memory.
+    """
+    places = len(features) // frames
+    step = max(1, _CHUNK // max(1, places * features.shape[1]))
+    scores = []
+    for start in range(0, frames, step):
+        before = min(start, 1)  # a frame to compare with, which has its scores already
+        part = features[(start - before) * places : (start + step) * places].float()
+        scores.append(dissimilarity(part, before + min(step, frames - start))[before * places :])
+    return torch.cat(scores).clamp(max=2.0) / 2
 
 
 def counters() -> dict[str, int]:
