@@ -260,3 +260,19 @@ def test_other_versions_are_refused(found: str, monkeypatch: pytest.MonkeyPatch)
         video.start("engine", "1.2.3")
     monkeypatch.setenv("FLASHPRUNE_UNCHECKED_ENGINE", "1")
     assert video.start("engine", "1.2.3") == Settings("evs")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("importance", video.IMPORTANCE)
+@pytest.mark.parametrize("method", video.METHODS)
+def test_nothing_waits_for_the_gpu(method: str, importance: str) -> None:
+    pruning, thw, features = Pruning(Settings(method, importance)), (FRAMES, ROWS, COLUMNS), film().cuda()
+    expected = pruning.retention_mask(features, thw, 1, 0.6)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mask = pruning.retention_mask(features, thw, 1, 0.6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert mask.is_cuda and torch.equal(mask, expected)
+    assert torch.equal(mask.cpu(), pruning.retention_mask(film(), thw, 1, 0.6))
