@@ -191,6 +191,34 @@ def test_qwen3_vl_prunes_by_our_mask(load: Callable[..., None], named: str) -> N
     assert output.shape[0] == SOURCES[named].compute_retained_tokens_count(24, 5, 0.6) == 48
 
 
+def test_nemotron_prunes_by_our_mask(load: Callable[..., None]) -> None:
+    load("vidcom2")
+    features = contract.video(5, 4, 6)
+
+    def finish(embeddings: torch.Tensor, num_tokens_per_frame: list[int], *rest: Any, **more: Any) -> torch.Tensor:
+        assert sum(num_tokens_per_frame) == embeddings.shape[0]
+        return embeddings
+
+    model = SimpleNamespace(
+        video_temporal_patch_size=1,
+        video_pruning_rate=0.6,
+        config=SimpleNamespace(downsample_ratio=0.5, patch_size=16),
+        _process_image_input=lambda given: (features,),
+        _create_final_video_embeddings=finish,
+    )
+    given = {
+        "pixel_values_flat": torch.zeros(5, 3, 128, 192),
+        "num_patches": torch.tensor([5]),
+        "frames_indices": torch.arange(5),
+        "frame_duration_ms": torch.tensor([500]),
+    }
+    function: Any = nano_nemotron_vl.NemotronH_Nano_VL_V2._process_video_input
+    [output] = function(model, given)
+    mask = THEIRS["vidcom2"][1](features, (5, 4, 6), 1, 0.6)
+    assert torch.equal(output, features[mask])
+    assert output.shape[0] == nano_nemotron_processor.compute_retained_tokens_count(24, 5, 0.6) == 48
+
+
 def test_a_model_imported_after_the_plugin_finds_ours() -> None:
     program = """
 import vllm.plugins
