@@ -39,9 +39,9 @@ def video_of(case: Case) -> tuple[tuple[int, int, int], float]:
 def video_race(case: Case, inputs: dict[str, Tensor], backend: str, mask: Mask, name: str) -> Race:
     x, (thw, q) = inputs["features"], video_of(case)
     select = getattr(fp, f"{case.op}_select")
-    right = picks_check(case.op, x, thw=thw, q=q, sort=True)
+    right = picks_check(case.op, x, thw=thw, merge=1, q=q, sort=True)
     return Race(
-        ours=lambda: fp.indices_to_mask(select(x, thw, q=q, backend=backend), len(x)),
+        ours=lambda: fp.indices_to_mask(select(x, thw, 1, q, backend=backend), len(x)),
         peers={name: lambda: mask(x, thw, q)},
         check=lambda found: right(found.nonzero().flatten()),
     )

@@ -18,9 +18,9 @@ def test_by_hand(backend: str) -> None:
     """Frame 1: place 0 turns by 90 degrees, place 1 stays; frame 2: place 0 stays, place 1 turns right round."""
     features = torch.tensor([[1.0, 0], [0, 1], [0, 2], [0, 3], [0, 1], [0, -1]])
     for q, order in ((0.0, [0, 1, 5, 2, 3, 4]), (0.5, [0, 1, 5]), (0.9, [0, 1]), (1.0, [0, 1])):
-        picks = fp.evs_select(features, (3, 1, 2), q=q, sort=False, backend=backend)
+        picks = fp.evs_select(features, (3, 1, 2), 1, q=q, sort=False, backend=backend)
         assert picks.tolist() == order
-        assert fp.evs_select(features, (3, 1, 2), q=q, backend=backend).tolist() == sorted(order)
+        assert fp.evs_select(features, (3, 1, 2), 1, q=q, backend=backend).tolist() == sorted(order)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -29,8 +29,8 @@ def test_by_hand(backend: str) -> None:
 def test_exact_cosines_to_the_last_index(q: float, thw: tuple[int, int, int], dtype: torch.dtype, backend: str) -> None:
     """±1 in 16 channels: every cosine is exact and most are tied."""
     features = signs(thw[0] * thw[1] * thw[2], 16, seed=thw[0])
-    picks = fp.evs_select(features.to(dtype), thw, q=q, sort=False, backend=backend)
-    assert torch.equal(picks, fp.reference.evs_select(features.double(), thw, q=q, sort=False))
+    picks = fp.evs_select(features.to(dtype), thw, 1, q=q, sort=False, backend=backend)
+    assert torch.equal(picks, fp.reference.evs_select(features.double(), thw, 1, q=q, sort=False))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -41,8 +41,8 @@ def test_rounding_alone_may_differ(make, d: int, dtype: torch.dtype, backend: st
         for q in SHARES:
             features = make(thw, d).to(dtype)
             for sort in (True, False):
-                picks = fp.evs_select(features, thw, q=q, sort=sort, backend=backend)
-                check("evs", features, picks, thw=thw, q=q, sort=sort)
+                picks = fp.evs_select(features, thw, 1, q=q, sort=sort, backend=backend)
+                check("evs", features, picks, thw=thw, merge=1, q=q, sort=sort)
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL)
@@ -51,23 +51,23 @@ def test_adversarial_videos(name: str, thw: tuple[int, int, int], backend: str) 
     features = walk(thw)
     ADVERSARIAL[name](features)
     for q in SHARES:
-        picks = fp.evs_select(features, thw, q=q, backend=backend)
+        picks = fp.evs_select(features, thw, 1, q=q, backend=backend)
         check_form("evs", features, picks, thw, q)
-        check("evs", features, picks, thw=thw, q=q)
-        assert torch.equal(picks, fp.evs_select(features, thw, q=q, backend=backend))
+        check("evs", features, picks, thw=thw, merge=1, q=q)
+        assert torch.equal(picks, fp.evs_select(features, thw, 1, q=q, backend=backend))
 
 
 def test_a_row_without_direction_differs_from_any(backend: str) -> None:
     """Its cosine is 0, so it comes after a row that turned round and before one that stayed."""
     features = torch.ones(6, 4)
     features[3], features[4] = 0, -1
-    picks = fp.evs_select(features, (2, 1, 3), q=0.0, sort=False, backend=backend)
+    picks = fp.evs_select(features, (2, 1, 3), 1, q=0.0, sort=False, backend=backend)
     assert picks.tolist() == [0, 1, 2, 4, 3, 5]
 
 
 def test_merge_and_the_forms_of_thw(backend: str) -> None:
     features = walk((3, 4, 5))
-    expected = fp.evs_select(features, (3, 4, 5), q=0.5, backend=backend)
+    expected = fp.evs_select(features, (3, 4, 5), 1, q=0.5, backend=backend)
     for thw, merge in (((3, 8, 10), 2), ([3, 9, 11], 2), (torch.tensor([3, 12, 15]), 3), (torch.tensor([3, 4, 5]), 1)):
         assert torch.equal(fp.evs_select(features, thw, merge, q=0.5, backend=backend), expected)
 
@@ -77,8 +77,8 @@ def test_strides_do_not_matter(dtype: torch.dtype, backend: str) -> None:
     wide = walk((4, 5, 6), 90).to(dtype)
     for features in (wide[:, 3:60], wide[:, ::2], wide.T.contiguous().T, wide[:60][::2], wide[:, :1]):
         thw = (len(features) // 30, 5, 6)
-        picks = fp.evs_select(features, thw, q=0.6, backend=backend)
-        assert torch.equal(picks, fp.evs_select(features.contiguous(), thw, q=0.6, backend=backend))
+        picks = fp.evs_select(features, thw, 1, q=0.6, backend=backend)
+        assert torch.equal(picks, fp.evs_select(features.contiguous(), thw, 1, q=0.6, backend=backend))
 
 
 @pytest.mark.usefixtures("native")
@@ -88,7 +88,7 @@ def test_any_number_of_threads() -> None:
         found = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found.append(fp.evs_select(features, (30, 9, 9), q=0.5, sort=False, backend="cpu"))
+            found.append(fp.evs_select(features, (30, 9, 9), 1, q=0.5, sort=False, backend="cpu"))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(picks, found[0]) for picks in found)
@@ -97,8 +97,8 @@ def test_any_number_of_threads() -> None:
 def test_float64_is_for_the_reference() -> None:
     features = walk((3, 4, 5)).double()
     with pytest.raises(ValueError, match="got float64"):
-        fp.evs_select(features, (3, 4, 5), q=0.5, backend="cpu")
-    assert len(fp.evs_select(features, (3, 4, 5), q=0.5, backend="reference")) == 30
+        fp.evs_select(features, (3, 4, 5), 1, q=0.5, backend="cpu")
+    assert len(fp.evs_select(features, (3, 4, 5), 1, q=0.5, backend="reference")) == 30
 
 
 ERRORS = [
@@ -170,18 +170,20 @@ def test_opcheck_and_one_graph() -> None:
 
 def test_a_replay_finds_what_is_wrong() -> None:
     features, thw = walk((6, 4, 5), 64), (6, 4, 5)
-    picks = fp.evs_select(features, thw, q=0.5, sort=False)
+    picks = fp.evs_select(features, thw, 1, q=0.5, sort=False)
     rest = (~fp.indices_to_mask(picks, len(features))).nonzero().flatten()
     best = {"missed": picks.clone(), "swapped": picks.clone(), "first": picks.clone()}
     best["missed"][40] = rest[0]
     best["swapped"][[25, 59]] = picks[[59, 25]]
     best["first"][3] = rest[0]
     for name, wrong in best.items():
-        report = fp.testing.check_selection("evs", features, picks=wrong, thw=thw, q=0.5)
+        report = fp.testing.check_selection("evs", features, picks=wrong, thw=thw, merge=1, q=0.5)
         assert not report.ok and report.largest_regret > report.bound, name
-        as_set = fp.testing.check_selection("evs", features, picks=wrong.sort().values, thw=thw, q=0.5, sort=True)
+        as_set = fp.testing.check_selection(
+            "evs", features, picks=wrong.sort().values, thw=thw, merge=1, q=0.5, sort=True
+        )
         assert as_set.ok == (name == "swapped")
     with pytest.raises(AssertionError, match=r"picks must be \[60\], got \[59\]"):
-        check("evs", features, picks[:59], thw=thw, q=0.5)
+        check("evs", features, picks[:59], thw=thw, merge=1, q=0.5)
     with pytest.raises(ValueError, match="evs takes thw, merge and q, not k"):
-        fp.testing.check_selection("evs", features, picks=picks, k=60, thw=thw, q=0.5)
+        fp.testing.check_selection("evs", features, picks=picks, k=60, thw=thw, merge=1, q=0.5)

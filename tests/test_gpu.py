@@ -241,13 +241,13 @@ def test_videos(method: str, dtype: torch.dtype, thw: tuple[int, int, int], d: i
     for make in (walk, still):
         features = make(thw, d).to("cuda", dtype)
         for q in (0.0, 0.75):
-            picks = quietly(select, features, thw, q=q)
-            check(method, features.cpu(), picks.cpu(), thw=thw, q=q)
-            assert all(torch.equal(picks, select(features, thw, q=q)) for _ in range(3))
+            picks = quietly(select, features, thw, 1, q=q)
+            check(method, features.cpu(), picks.cpu(), thw=thw, merge=1, q=q)
+            assert all(torch.equal(picks, select(features, thw, 1, q=q)) for _ in range(3))
             apart = features.t().contiguous().t()
-            assert torch.equal(picks, select(apart, thw, q=q))
+            assert torch.equal(picks, select(apart, thw, 1, q=q))
             padded = torch.nn.functional.pad(features, (1, 2))[:, 1 : d + 1]  # sums may have another order there
-            check(method, features.cpu(), quietly(select, padded, thw, q=q).cpu(), thw=thw, q=q)
+            check(method, features.cpu(), quietly(select, padded, thw, 1, q=q).cpu(), thw=thw, merge=1, q=q)
 
 
 @pytest.mark.parametrize("method", ["evs", "vidcom2"])

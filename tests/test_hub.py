@@ -81,8 +81,8 @@ def test_two_copies_select_as_the_package_does(project: Path, op: str, device: t
         "mmr": lambda: fp.reference.mmr_select(features, scores, 12),
         "maxmin": lambda: fp.reference.maxmin_select(features, 12),
         "dpp": lambda: fp.reference.dpp_select(features, scores, 12),
-        "evs": lambda: fp.reference.evs_select(features, (4, 3, 4), q=0.5),
-        "vidcom2": lambda: fp.reference.vidcom2_select(features, (4, 3, 4), q=0.5),
+        "evs": lambda: fp.reference.evs_select(features, (4, 3, 4), 1, q=0.5),
+        "vidcom2": lambda: fp.reference.vidcom2_select(features, (4, 3, 4), 1, q=0.5),
     }
     arguments = inputs.get(op, (features, 4, 24))
     for kernel in kernels:

@@ -85,9 +85,9 @@ def by_hand(settings: Settings, features: Tensor, q: float) -> Tensor:
     """Which tokens are kept, in plain torch and the reference."""
     grid, k = (FRAMES, ROWS, COLUMNS), max(ROWS * COLUMNS, int(N * (1 - q)))
     if settings.method == "evs":
-        return fp.reference.evs_select(features, grid, q=q)
+        return fp.reference.evs_select(features, grid, 1, q=q)
     if settings.method == "vidcom2":
-        return fp.reference.vidcom2_select(features, grid, q=q)
+        return fp.reference.vidcom2_select(features, grid, 1, q=q)
     if settings.method == "maxmin":
         return fp.reference.maxmin_select(features, k)
     if settings.importance == "norm":

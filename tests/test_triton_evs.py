@@ -36,7 +36,7 @@ def test_exact_cosines_to_the_last_index(thw: tuple[int, int, int], dtype: torch
     features = signs(thw[0] * thw[1] * thw[2], 16, seed=thw[0])
     for q in (0.0, 0.4, 0.75, 1.0):
         for sort in (True, False):
-            expected = fp.reference.evs_select(features.double(), thw, q=q, sort=sort)
+            expected = fp.reference.evs_select(features.double(), thw, 1, q=q, sort=sort)
             assert torch.equal(select(features.to(dtype), thw, q, device, sort), expected)
 
 
@@ -46,7 +46,15 @@ def test_rounding_alone_may_differ(d: int, dtype: torch.dtype, device: torch.dev
     for make in (walk, still):
         features = make((5, 3, 5), d).to(dtype)
         for sort in (True, False):
-            check("evs", features, select(features, (5, 3, 5), 0.4, device, sort), thw=(5, 3, 5), q=0.4, sort=sort)
+            check(
+                "evs",
+                features,
+                select(features, (5, 3, 5), 0.4, device, sort),
+                thw=(5, 3, 5),
+                merge=1,
+                q=0.4,
+                sort=sort,
+            )
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL)
@@ -57,7 +65,7 @@ def test_adversarial_videos(name: str, device: torch.device) -> None:
         for q in (0.0, 0.6, 1.0):
             picks = select(features, thw, q, device)
             check_form("evs", features, picks, thw, q)
-            check("evs", features, picks, thw=thw, q=q)
+            check("evs", features, picks, thw=thw, merge=1, q=q)
 
 
 @every_dtype

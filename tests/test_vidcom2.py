@@ -26,20 +26,20 @@ def test_by_hand(backend: str) -> None:
     features[::2, 2:] *= -1
     features[5, :2] = torch.tensor([0.0, 1.0])
     features[2, :2] = torch.tensor([0.9, -0.1])
-    assert fp.vidcom2_select(features, (1, 2, 3), q=0.5, sort=False, backend=backend).tolist() == [5, 2, 0]
+    assert fp.vidcom2_select(features, (1, 2, 3), 1, q=0.5, sort=False, backend=backend).tolist() == [5, 2, 0]
 
 
 def test_a_frame_that_stands_out_keeps_more(backend: str) -> None:
     features = still((6, 5, 5), 64)
     features[50:75] = torch.randn(25, 64, generator=torch.Generator().manual_seed(1))  # frame 2
-    picks = fp.vidcom2_select(features, (6, 5, 5), q=0.8, backend=backend)
+    picks = fp.vidcom2_select(features, (6, 5, 5), 1, q=0.8, backend=backend)
     kept = (picks // 25).bincount(minlength=6)
     assert kept[2] == kept.max() > 2 * kept[0] and kept.min() >= 1
 
 
 def test_every_frame_keeps_a_token(backend: str) -> None:
     for q in (0.9, 0.99, 1.0):
-        picks = fp.vidcom2_select(walk((9, 3, 3)), (9, 3, 3), q=q, backend=backend)
+        picks = fp.vidcom2_select(walk((9, 3, 3)), (9, 3, 3), 1, q=q, backend=backend)
         assert len(picks) == 9 and (q < 1 or (picks // 9).tolist() == list(range(9)))
 
 
@@ -50,9 +50,9 @@ def test_rounding_alone_may_differ(make, d: int, dtype: torch.dtype, backend: st
     for thw in (*SHAPES, (40, 3, 3)):
         for q in SHARES:
             features = make(thw, d).to(dtype)
-            picks = fp.vidcom2_select(features, thw, q=q, backend=backend)
-            check("vidcom2", features, picks, thw=thw, q=q)
-            order = fp.vidcom2_select(features, thw, q=q, sort=False, backend=backend)
+            picks = fp.vidcom2_select(features, thw, 1, q=q, backend=backend)
+            check("vidcom2", features, picks, thw=thw, merge=1, q=q)
+            order = fp.vidcom2_select(features, thw, 1, q=q, sort=False, backend=backend)
             assert torch.equal(order.sort().values, picks)
 
 
@@ -62,25 +62,25 @@ def test_adversarial_videos(name: str, thw: tuple[int, int, int], backend: str) 
     features = walk(thw)
     ADVERSARIAL[name](features)
     for q in SHARES:
-        picks = fp.vidcom2_select(features, thw, q=q, backend=backend)
+        picks = fp.vidcom2_select(features, thw, 1, q=q, backend=backend)
         check_form("vidcom2", features, picks, thw, q)
-        check("vidcom2", features, picks, thw=thw, q=q)
-        assert torch.equal(picks, fp.vidcom2_select(features, thw, q=q, backend=backend))
+        check("vidcom2", features, picks, thw=thw, merge=1, q=q)
+        assert torch.equal(picks, fp.vidcom2_select(features, thw, 1, q=q, backend=backend))
 
 
 def test_equal_tokens_go_by_index(backend: str) -> None:
     features = torch.ones(24, 8)
     for q, order in ((0.5, [0, 1, 2, 6, 7, 8, 12, 13, 14, 18, 19, 20]), (0.9, [0, 6, 12, 18])):
-        assert fp.vidcom2_select(features, (4, 2, 3), q=q, sort=False, backend=backend).tolist() == order
+        assert fp.vidcom2_select(features, (4, 2, 3), 1, q=q, sort=False, backend=backend).tolist() == order
 
 
 def test_a_nan_in_a_channel_that_varies_is_not_seen(backend: str) -> None:
     """A NaN or an overflow makes its channel the last; the half without keeps its meaning."""
     features, thw = walk((4, 3, 4), 8), (4, 3, 4)
     features[:, 4:] *= 100
-    expected = fp.vidcom2_select(features, thw, q=0.5, backend=backend)
+    expected = fp.vidcom2_select(features, thw, 1, q=0.5, backend=backend)
     features[3, 5], features[7, 6], features[11, 7] = torch.nan, torch.inf, 3e38
-    assert torch.equal(fp.vidcom2_select(features, thw, q=0.5, backend=backend), expected)
+    assert torch.equal(fp.vidcom2_select(features, thw, 1, q=0.5, backend=backend), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -88,8 +88,8 @@ def test_strides_do_not_matter(dtype: torch.dtype, backend: str) -> None:
     wide = walk((4, 5, 6), 90).to(dtype)
     for features in (wide[:, 3:60], wide[:, ::2], wide.T.contiguous().T, wide[:60][::2], wide[:, :1]):
         thw = (len(features) // 30, 5, 6)
-        picks = fp.vidcom2_select(features, thw, q=0.6, backend=backend)
-        assert torch.equal(picks, fp.vidcom2_select(features.contiguous(), thw, q=0.6, backend=backend))
+        picks = fp.vidcom2_select(features, thw, 1, q=0.6, backend=backend)
+        assert torch.equal(picks, fp.vidcom2_select(features.contiguous(), thw, 1, q=0.6, backend=backend))
 
 
 @pytest.mark.usefixtures("native")
@@ -99,7 +99,7 @@ def test_any_number_of_threads() -> None:
         found = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found.append(fp.vidcom2_select(features, (30, 9, 9), q=0.5, sort=False, backend="cpu"))
+            found.append(fp.vidcom2_select(features, (30, 9, 9), 1, q=0.5, sort=False, backend="cpu"))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(picks, found[0]) for picks in found)
@@ -116,19 +116,19 @@ def test_budgets_of_frames() -> None:
 
 def test_a_replay_finds_what_is_wrong() -> None:
     features, thw = walk((6, 4, 5), 64), (6, 4, 5)
-    picks = fp.vidcom2_select(features, thw, q=0.5)
+    picks = fp.vidcom2_select(features, thw, 1, q=0.5)
     mask = fp.indices_to_mask(picks, len(features))
-    order = fp.vidcom2_select(features, thw, q=0.0, sort=False)
+    order = fp.vidcom2_select(features, thw, 1, q=0.0, sort=False)
     kept, left = ([i for i in order.tolist() if mask[i] == side] for side in (True, False))
     for i, j in ((kept[0], left[-1]), (kept[5], left[-5]), (kept[0], left[0])):
         wrong = mask.clone()
         wrong[i], wrong[j] = False, True
         report = fp.testing.check_selection(
-            "vidcom2", features, picks=wrong.nonzero().flatten(), thw=thw, q=0.5, sort=True
+            "vidcom2", features, picks=wrong.nonzero().flatten(), thw=thw, merge=1, q=0.5, sort=True
         )
         assert not report.ok and report.largest_regret > report.bound
     # As many from every frame, the least similar ones, is not the distribution that the method asks for.
     even = torch.cat([order[order // 20 == frame][:10] for frame in range(6)]).sort().values
     with pytest.raises(AssertionError, match="vidcom2"):
-        check("vidcom2", features, even, thw=thw, q=0.5)
-    check("vidcom2", features, picks, thw=thw, q=0.5)
+        check("vidcom2", features, even, thw=thw, merge=1, q=0.5)
+    check("vidcom2", features, picks, thw=thw, merge=1, q=0.5)

@@ -23,9 +23,9 @@ __all__ = ["evs_select", "vidcom2_select"]
 def evs_select(
     features: Tensor,
     thw: Sequence[int] | Tensor,
-    merge: int = 1,
-    *,
+    merge: int,
     q: float,
+    *,
     sort: bool = True,
     backend: str = "auto",
 ) -> Tensor:
@@ -55,7 +55,7 @@ def evs_select(
     Example:
         >>> import torch
         >>> still, moved = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-        >>> evs_select(torch.cat([still, moved]), (2, 1, 2), q=0.25)
+        >>> evs_select(torch.cat([still, moved]), (2, 1, 2), 1, q=0.25)
         tensor([0, 1, 3])
     """
     frames, _, k = arguments.video("evs", features, thw, merge, q, sort)
@@ -68,9 +68,9 @@ def evs_select(
 def vidcom2_select(
     features: Tensor,
     thw: Sequence[int] | Tensor,
-    merge: int = 1,
-    *,
+    merge: int,
     q: float,
+    *,
     sort: bool = True,
     backend: str = "auto",
 ) -> Tensor:

@@ -268,7 +268,7 @@ def _video_cases(op: str, seed: int, quick: bool) -> Iterator[Case]:
         for kind, make in _KINDS["maxmin"].items():
             inputs = make((math.prod(thw),), _generator(seed, op, number))
             text = f"{kind} thw={'x'.join(map(str, thw))} D={inputs[0].shape[-1]} q={q}"
-            yield Case(op, number, text, inputs, {"thw": thw, "q": q}, op == "evs" and kind in _EXACT_KINDS)
+            yield Case(op, number, text, inputs, {"thw": thw, "merge": 1, "q": q}, op == "evs" and kind in _EXACT_KINDS)
             number += 1
 
 

@@ -186,9 +186,9 @@ class Pruning:
     def _select(self, features: Tensor, grid: tuple[int, int, int], q: float, k: int) -> Tensor:
         method, backend = self.settings.method, self.settings.backend
         if method == "evs":
-            return evs_select(features, grid, q=q, sort=False, backend=backend)
+            return evs_select(features, grid, 1, q=q, sort=False, backend=backend)
         if method == "vidcom2":
-            return vidcom2_select(features, grid, q=q, sort=False, backend=backend)
+            return vidcom2_select(features, grid, 1, q=q, sort=False, backend=backend)
         if method == "maxmin":
             return maxmin_select(features, k, sort=False, backend=backend)
         scores = self._importance(features, grid[0])

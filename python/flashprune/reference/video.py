@@ -18,9 +18,9 @@ TEMPERATURE = 0.01  # of its softmax over frames
 def evs_select(
     features: Tensor,
     thw: Sequence[int] | Tensor,
-    merge: int = 1,
-    *,
+    merge: int,
     q: float,
+    *,
     sort: bool = True,
     backend: str = "reference",
 ) -> Tensor:
@@ -34,9 +34,9 @@ def evs_select(
 def vidcom2_select(
     features: Tensor,
     thw: Sequence[int] | Tensor,
-    merge: int = 1,
-    *,
+    merge: int,
     q: float,
+    *,
     sort: bool = True,
     backend: str = "reference",
 ) -> Tensor:
