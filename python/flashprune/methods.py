@@ -146,8 +146,7 @@ def cdpruner(
     """CDPruner: greedy MAP of a determinantal point process conditioned on the prompt.
 
     `relevance` weights the kernel as it is, `L = r_i * cosine * r_j`, so it should be positive. The official code
-    takes it from the CLIP towers: `s = -(mean over text embeddings of cosine(image token, text))`, scaled to about
-    1e-6..1 by `(s - s.min() + 1e-6) / (s.max() - s.min())`.
+    takes it from the CLIP towers: `text_relevance` of their embeddings.
 
     From the official code (arXiv 2506.10967, Theia-4869/CDPruner): the kernel, without its optional `theta`. Where the
     kernel's rank is used up (after D tokens at most), this function fills by relevance; the official loop goes on with
