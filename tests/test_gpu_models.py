@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", minversion="5.18")
 
 from benchmarks import gpu_models
 from examples import tiny_models

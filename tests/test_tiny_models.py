@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", minversion="5.18")
 
 from examples import tiny_models
 from examples.tiny_models import FAMILIES, VIDEO

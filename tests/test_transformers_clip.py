@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", minversion="5.18")
 
 from examples import tiny_models
 from PIL import Image

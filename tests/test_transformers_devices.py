@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", minversion="5.18")
 
 from examples import tiny_models
 from PIL import Image
