@@ -37,7 +37,7 @@ def emulation() -> ModuleType:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The tiny models as folders."""
-    pytest.importorskip("transformers", minversion="5.18")
+    pytest.importorskip("transformers", minversion="5.19")
     from examples import tiny_models
 
     root = tmp_path_factory.mktemp("models")

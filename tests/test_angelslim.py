@@ -197,7 +197,7 @@ def d2pruner(given: Any, places: list[tuple[int, int, int]]) -> Tensor:
 
 
 def test_d2pruner_divides_out_a_prior(slim: SimpleNamespace, tmp_path: Path) -> None:
-    pytest.importorskip("transformers", minversion="5.18")
+    pytest.importorskip("transformers", minversion="5.19")
     given = states(context(slim, images=(64,)))
     prior = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(2)) + 0.01
     path = tmp_path / "prior.safetensors"

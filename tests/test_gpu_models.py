@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.importorskip("transformers", minversion="5.18")
+pytest.importorskip("transformers", minversion="5.19")
 
 from benchmarks import gpu_models
 from examples import tiny_models

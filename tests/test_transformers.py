@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5.18")
+pytest.importorskip("transformers", minversion="5.19")
 
 from tests import vlm
 from tests.vlm import BEFORE, FAMILIES, INSIDE, TOLERANCE, WITH_VIDEO

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5.18")
+pytest.importorskip("transformers", minversion="5.19")
 
 import transformers
 from tests import vlm
@@ -226,6 +226,10 @@ def test_a_wrong_call_of_a_pruned_model(wrong: str, method: str) -> None:
         assert torch.equal(model(**batch).logits, right)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23),
+    reason="it answers otherwise in chunks there, pruned or not: without the images",
+)
 @pytest.mark.parametrize("family", ["llava", FAMILY])
 def test_a_prompt_prefilled_in_chunks(family: str) -> None:
     model, _ = vlm.built(family)

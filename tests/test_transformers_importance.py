@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-pytest.importorskip("transformers", minversion="5.18")
+pytest.importorskip("transformers", minversion="5.19")
 
 from tests import vlm
 from tests.vlm import FAMILIES, QWEN_VL, WITH_VIDEO

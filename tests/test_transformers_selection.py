@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("transformers", minversion="5.18")
+pytest.importorskip("transformers", minversion="5.19")
 
 from tests import vlm
 from tests.vlm import BEFORE, FAMILIES, INSIDE, WITH_VIDEO

@@ -3,4 +3,4 @@
 from ..versions import require
 
 # `generate` of earlier ones hands repeated prompts, as for beams, images that belong to others.
-require("transformers", "5.18", extra="transformers")
+require("transformers", "5.19", extra="transformers")
