@@ -18,7 +18,7 @@ from torch import Tensor
 
 import flashprune as fp
 from benchmarks import machine
-from benchmarks.peers import angelslim_idpruner, cdpruner, dense_mis, divprune
+from benchmarks.peers import angelslim_idpruner, cdpruner, dense_mis, divprune, evs, vidcom2
 from flashprune import dispatch
 
 RUNS, WARM_UP, LOOP_RUNS = 25, 3, 3
@@ -139,11 +139,25 @@ def attention(n: int, small: bool, dtype: torch.dtype) -> Iterator[Stage]:
     yield stage("received_attention", f"N={n} H={heads} d={d}", query, key, 2 * key.nbytes + 4 * n, flops)
 
 
+def videos(small: bool, dtype: torch.dtype) -> Iterator[Stage]:
+    """A quarter of a video's tokens, beside the functions of vLLM."""
+    q, dim = 0.75, 64 if small else 3584
+    for thw in ((4, 5, 6),) if small else ((16, 14, 14), (64, 16, 16)):
+        n = thw[0] * thw[1] * thw[2]
+        x, _ = smooth(n, dim, dtype)
+        text = f"T×H×W={thw[0]}×{thw[1]}×{thw[2]} K=N/4 D={dim}"
+        for select, loop in ((fp.evs_select, evs.retention_mask), (fp.vidcom2_select, vidcom2.retention_mask)):
+            call, peer = partial(select, x, thw, 1, q), partial(loop, x, thw, q)
+            read = x.nbytes + 8 * (n // 4)
+            yield Stage(select.__name__, text, lambda backend, call=call: call(backend=backend), read, loop=peer)
+
+
 def stages(small: bool, dtype: torch.dtype) -> Iterator[Stage]:
     for n, k, dim in ((130, 33, 64),) if small else SIZES:
         yield from selectors(n, k, dim, dtype)
         yield from attention(n, small, dtype)
     yield packed(small, 64 if small else 3072, dtype)
+    yield from videos(small, dtype)
 
 
 def backends_of(stage: Stage) -> tuple[str, ...]:
