@@ -29,7 +29,7 @@ ELSEWHERE = {
     "flashprune.benchmarks": "benchmarks",
     "flashprune.benchmarks.peers": "benchmarks/peers",
 }
-CHECKOUT_ONLY = {("flashprune.benchmarks", name) for name in ("conftest", "gpu", "gpu_models")}
+CHECKOUT_ONLY = {("flashprune.benchmarks", name) for name in ("conftest", "engines", "gpu", "gpu_models")}
 OLDEST_NVCC = (12, 8)  # the first that knows sm_100 and sm_120
 OLDEST_TORCH = (2, 11)  # the stable ABI that the libraries target
 
