@@ -297,3 +297,24 @@ def test_a_family_that_cannot_be_registered() -> None:
     with pytest.raises(ValueError, match=r"Nameless\.model_types is empty"):
         register_family(type("Nameless", (Family,), {}))
     assert supported() == sorted(vlm.FAMILIES)
+
+
+def test_a_family_that_says_only_where_its_images_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the documentation's example: it prunes, and what it lacks is told before the model is touched."""
+    monkeypatch.setattr(families, "_families", list(families._families))
+
+    class Minimal(Family):
+        model_types = ("llava",)
+
+        def items(self, base: Any, kind: str, arguments: Any, output: Any) -> list[Any]:
+            return Llava().items(base, kind, arguments, output)
+
+    register_family(Minimal)
+    model, _ = vlm.built("llava")
+    before = vlm.footprint(model)
+    with pytest.raises(ValueError, match=r"needs Minimal\.scores\(\), which this family does not define"):
+        prune(model, "topk", importance="received_attention")
+    assert vlm.footprint(model) == before
+    with prune(model, "divprune", 0.3) as handle:
+        model(**vlm.alone("llava"))
+    assert handle.last.counts == [(64, 19)]

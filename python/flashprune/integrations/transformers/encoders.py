@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,12 +28,10 @@ class Calls:
         What CLS pays each token, where the tower has one (FasterVLM, VisPruner: arXiv 2412.01818); else what each
         receives from all.
         """
-        scores = [self._tiles(*call, patches, drop_cls) for call in self.seen]
+        scores = [self._tiles(query, key, scale, patches, drop_cls) for query, key, scale, _ in self.seen]
         return torch.cat(scores)
 
-    def _tiles(
-        self, query: Tensor, key: Tensor, scale: float, kwargs: dict[str, Any], patches: int, drop_cls: bool
-    ) -> Tensor:
+    def _tiles(self, query: Tensor, key: Tensor, scale: float, patches: int, drop_cls: bool) -> Tensor:
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         if query.shape[1] == patches:
             return received_attention(query, key, scale=scale, backend=self.backend)
@@ -51,7 +50,7 @@ class Calls:
             cu_seqlens = told.to(torch.int32)
         else:
             lengths = spans or [query.shape[2] for query, *_ in self.seen]
-            cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=query.device)
+            cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
         return received_attention(
             query, key, cu_seqlens=cu_seqlens, scale=self.seen[0][2], pool=pool, backend=self.backend
         )

@@ -34,15 +34,24 @@ class Family:
 
     def items(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any) -> list[Item]:
         """The images or videos of one call of the encoder, in the order of their placeholders."""
-        raise NotImplementedError
+        raise self._lacks("items")
 
     def scores(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any, calls: Calls) -> list[Tensor]:
-        """`[n]` for each of `items`, from the attention of the encoder's layer that `calls` saw."""
-        raise NotImplementedError
+        """`[n]` for each of `items`, from the attention of the encoder's layer that `calls` saw.
+
+        Only `importance="received_attention"` asks for it.
+        """
+        raise self._lacks("scores")
 
     def packed(self, base: Any, arguments: Mapping[str, Any], tiles: Tensor) -> list[Tensor]:
-        """`[tiles, n, C]`, something of each of a tower's tokens, as `[n, C]` for each of `items`; newlines get 0."""
-        raise NotImplementedError
+        """`[tiles, n, C]`, something of each of a tower's tokens, as `[n, C]` for each of `items`; newlines get 0.
+
+        Only `CLIPRelevance` asks for it.
+        """
+        raise self._lacks("packed")
+
+    def _lacks(self, name: str) -> NotImplementedError:
+        return NotImplementedError(f"{type(self).__name__} defines no {name}(): see the families of flashprune")
 
     def kinds(self, base: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """int8 `[B, L]`: -1 for text, else the index of the placeholder's kind in `KINDS`."""

@@ -212,6 +212,9 @@ def _encoder_layer(family: Family, plan: Plan, base: Any, layer: int | None) -> 
         if layer is not None:
             raise ValueError("encoder_layer belongs to importance='received_attention'")
         return None
+    if type(family).scores is Family.scores:
+        name = type(family).__name__
+        raise ValueError(f"importance='received_attention' needs {name}.scores(), which this family does not define")
     count = len(family.attention_modules(base))
     layer = family.default_layer(base) if layer is None else checks.integer("encoder_layer", layer, 0)
     if layer >= count:

@@ -48,6 +48,7 @@ class Pruner:
         self.plan, self.family, self.layer = plan, family, layer
         self.base: Any = model.base_model
         self.language_model: Any = self.base.language_model
+        self._signature = inspect.signature(self.base.forward)  # here, for it takes longer than a layer's hook
         self.last: Selection | None = None
         self._forward: Forward | None = None
         self._encoding = False
@@ -71,8 +72,8 @@ class Pruner:
         self._before(self.base, self._enter)
         self._before(self.language_model, self._enter_language_model)
         self._after(self.language_model, self._leave_language_model)
-        for index, layer in enumerate(self.language_model.layers):
-            self._before(layer, self._enter_layer, index)
+        for layer in self.language_model.layers[self.layer + 1 if self.plan.inside else 0 :]:
+            self._before(layer, self._enter_layer)
         for kind in KINDS:
             if hasattr(self.base, f"get_{kind}_features"):
                 self._watch_encoder(kind, encoder_layer)
@@ -82,10 +83,9 @@ class Pruner:
             if hasattr(self.language_model, "_deepstack_process"):
                 self._replace(self.language_model, "_deepstack_process", self._deepstack)
 
-    def _before(self, module: nn.Module, hook: Callable[..., Any], *bound: Any) -> None:
-        handle = module.register_forward_pre_hook(
-            lambda _, args, kwargs: hook(*bound, args, dict(kwargs)), with_kwargs=True
-        )
+    def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """`hook` may change the keyword arguments that it is given: they are a dictionary of that call alone."""
+        handle = module.register_forward_pre_hook(lambda _, args, kwargs: hook(args, kwargs), with_kwargs=True)
         self._undo.append(handle.remove)
 
     def _after(self, module: nn.Module, hook: Callable[[], None]) -> None:
@@ -158,7 +158,7 @@ class Pruner:
             raise ValueError("labels do not fit a pruned sequence: remove the pruning to compute a loss")
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = inspect.signature(self.base.forward).bind(*args, **kwargs).arguments
+        given = self._signature.bind(*args, **kwargs).arguments
         self._forward = forward = Forward(given.get("input_ids"), given.get("inputs_embeds"))
         for kind, output in (given.get("mm_encoder_outputs") or {}).items():
             if output is not None and kind in KINDS:
@@ -271,14 +271,12 @@ class Pruner:
                     )
                 )
 
-    def _enter_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _enter_layer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._prefill is None and self._shorter is None:
             return None
         if not self.plan.inside:
             kwargs["position_ids"] = None  # not consecutive: FlashAttention would take them for packed sequences
             return args, kwargs
-        if index <= self.layer:
-            return None
         if self._prefill is not None and self._shorter is None:
             hidden = self._shorten_hidden(self._prefill, args[0], kwargs)
             args = (hidden, *args[1:])
