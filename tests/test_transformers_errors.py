@@ -318,3 +318,38 @@ def test_a_family_that_says_only_where_its_images_are(monkeypatch: pytest.Monkey
     with prune(model, "divprune", 0.3) as handle:
         model(**vlm.alone("llava"))
     assert handle.last.counts == [(64, 19)]
+
+
+def _registered(monkeypatch: pytest.MonkeyPatch, **attributes: Any) -> None:
+    monkeypatch.setattr(families, "_families", list(families._families))
+    register_family(type("Own", (Llava,), {"model_types": ("llava",), **attributes}))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"items": Family.items}, r"Own defines no items\(\)"),
+        ({"text_model": "decoder"}, r"LlavaModel has no decoder: Own\.text_model must name it"),
+        ({"text_model": "vision_tower"}, r"LlavaModel\.vision_tower has no list of layers: Own\.text_model"),
+        ({"encoders": lambda self, base: {}}, "LlavaModel has no get_image_features or get_video_features"),
+        ({"encoders": lambda self, base: {"image": "encode"}}, r"has no encode: Own\.encoders\(\) must name"),
+        ({"tower": "eyes"}, r"LlavaModel has no eyes: Own\.tower must name it"),
+        ({"tower": "multi_modal_projector"}, r"finds no attention to watch in Own\.tower, multi_modal_projector"),
+    ],
+)
+def test_a_family_that_does_not_fit_its_model(
+    monkeypatch: pytest.MonkeyPatch, attributes: dict[str, Any], message: str
+) -> None:
+    _registered(monkeypatch, **attributes)
+    model, _ = vlm.built("llava")
+    before = vlm.footprint(model)
+    with pytest.raises(ValueError, match=message):
+        prune(model, "topk", importance="received_attention")
+    assert vlm.footprint(model) == before
+
+
+def test_a_decoder_without_attention_to_read() -> None:
+    model, _ = vlm.tiny_models.build("llava")
+    del model.base_model.language_model.layers[3].self_attn
+    with pytest.raises(ValueError, match="has layers without self_attn, which methods inside the LLM need"):
+        prune(model, "fastv")

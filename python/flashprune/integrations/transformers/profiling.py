@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .families import family_of
 from .prune import Handle, prune
 from .report import Selection, Stopwatch
 
@@ -115,7 +116,7 @@ def _run(
 ) -> None:
     device = next(model.parameters()).device
     inside = Stopwatch(device)
-    with _timing(model.base_model.language_model, inside):
+    with _timing(family_of(model).language_model(model.base_model), inside):
         output, forward = _waited(device, lambda: prefill(model, inputs))
     selected = handle.last if handle is not None else None
     if warm_up:

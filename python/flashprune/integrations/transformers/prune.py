@@ -107,7 +107,9 @@ def prune(
     checks.choice("scope", scope, SCOPES)
     checks.choice("rule", rule, _RULES)
     checks.choice("backend", backend, ("auto", "cuda", "triton", "cpu", "reference"))
-    config = base.language_model.config
+    family.check(base, METHODS[method].inside)
+    language_model = family.language_model(base)
+    config = language_model.config
     plan = Plan(
         method=method,
         keep=_keep(keep),
@@ -115,7 +117,7 @@ def prune(
         scope=scope,
         backend=backend,
         options=make_options(method, options),
-        importance=_importance(method, scorer, importance, config.hidden_size, base),
+        importance=_importance(method, scorer, importance, base, language_model),
         encoder_attention=importance == "received_attention",
         prior=_prior(method, prior, model, layer),
     )
@@ -134,7 +136,7 @@ def _keep(keep: int | float) -> int | float:
 
 
 def _importance(
-    method: str, scorer: Any, importance: Any, width: int, base: Any
+    method: str, scorer: Any, importance: Any, base: Any, language_model: Any
 ) -> Callable[[VisualTokens], Tensor] | None:
     given = [name for name, value in (("scorer", scorer), ("importance", importance)) if value is not None]
     needs = METHODS[method].needs
@@ -150,7 +152,7 @@ def _importance(
             + (" and ".join(given) or "none")
         )
     if scorer is not None:
-        return _scorer(scorer, width, base)
+        return _scorer(scorer, language_model)
     if isinstance(importance, CLIPRelevance):
         importance.check(base)
     if callable(importance):
@@ -160,11 +162,12 @@ def _importance(
     return None
 
 
-def _scorer(scorer: Any, width: int, base: Any) -> Callable[[VisualTokens], Tensor]:
+def _scorer(scorer: Any, language_model: Any) -> Callable[[VisualTokens], Tensor]:
     if isinstance(scorer, str | os.PathLike):
-        scorer = VisionSelector.from_checkpoint(scorer).to(next(base.language_model.parameters()).device)
+        scorer = VisionSelector.from_checkpoint(scorer).to(next(language_model.parameters()).device)
     if not isinstance(scorer, VisionSelector):
         raise TypeError(f"scorer must be a VisionSelector or a file's name, got {type(scorer).__name__}")
+    width = language_model.config.hidden_size
     if scorer.in_features != width:
         raise ValueError(f"scorer takes features of width {scorer.in_features}, the model's have {width}")
     found: VisionSelector = scorer
@@ -216,6 +219,9 @@ def _encoder_layer(family: Family, plan: Plan, base: Any, layer: int | None) -> 
         name = type(family).__name__
         raise ValueError(f"importance='received_attention' needs {name}.scores(), which this family does not define")
     count = len(family.attention_modules(base))
+    if count == 0:
+        name = type(family).__name__
+        raise ValueError(f"importance='received_attention' finds no attention to watch in {name}.tower, {family.tower}")
     layer = family.default_layer(base) if layer is None else checks.integer("encoder_layer", layer, 0)
     if layer >= count:
         raise ValueError(f"encoder_layer={layer} must be below {count}, the layers of the vision encoder")

@@ -47,7 +47,7 @@ class Pruner:
     def __init__(self, model: Any, family: Family, plan: Plan, layer: int, encoder_layer: int | None) -> None:
         self.plan, self.family, self.layer = plan, family, layer
         self.base: Any = model.base_model
-        self.language_model: Any = self.base.language_model
+        self.language_model: Any = family.language_model(self.base)
         self._signature = inspect.signature(self.base.forward)  # here, for it takes longer than a layer's hook
         self.last: Selection | None = None
         self._forward: Forward | None = None
@@ -74,9 +74,8 @@ class Pruner:
         self._after(self.language_model, self._leave_language_model)
         for layer in self.language_model.layers[self.layer + 1 if self.plan.inside else 0 :]:
             self._before(layer, self._enter_layer)
-        for kind in KINDS:
-            if hasattr(self.base, f"get_{kind}_features"):
-                self._watch_encoder(kind, encoder_layer)
+        for kind, name in self.family.encoders(self.base).items():
+            self._watch_encoder(kind, name, encoder_layer)
         if self.plan.inside:
             tap = Tap(self.language_model.layers[self.layer].self_attn, self._observe)
             self._undo.append(tap.remove)
@@ -100,7 +99,7 @@ class Pruner:
 
     # What the encoder delivers
 
-    def _watch_encoder(self, kind: str, layer: int | None) -> None:
+    def _watch_encoder(self, kind: str, name: str, layer: int | None) -> None:
         def watched(encode: Callable[..., Any]) -> Callable[..., Any]:
             signature = inspect.signature(encode)
 
@@ -120,7 +119,7 @@ class Pruner:
             wrapper.__signature__ = signature  # type: ignore[attr-defined]  # generate chooses arguments by it
             return wrapper
 
-        self._replace(self.base, f"get_{kind}_features", watched)
+        self._replace(self.base, name, watched)
 
     def _watch_details(self, watching: ExitStack, layer: int | None) -> tuple[Calls | None, list[Tensor]]:
         """The attention of one layer, and what the tower hands to the projector, as far as the importance asks."""

@@ -1,0 +1,59 @@
+"""One small class a family of models: where its visual tokens are, what grid they form, which modules to look into.
+
+To add a family, derive from `Family`, and pass the class to `register_family`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .base import Family
+from .internvl import InternVL
+from .llava import Llava, LlavaNext, LlavaOnevision
+from .qwen import Qwen2VL, Qwen3VL, Qwen25VL
+
+__all__ = ["Family", "family_of", "register_family", "supported"]
+
+_families: list[type[Family]] = [
+    Llava,
+    LlavaNext,
+    LlavaOnevision,
+    InternVL,
+    Qwen2VL,
+    Qwen25VL,
+    Qwen3VL,
+]
+
+
+def register_family(family: type[Family]) -> None:
+    """Support the models whose `config.model_type` is among `family.model_types`; the latest registered is asked first.
+
+    Raises TypeError if it is not a class derived from `Family`; ValueError if it names no model type.
+    """
+    if not (isinstance(family, type) and issubclass(family, Family)):
+        raise TypeError(f"family must be a class derived from Family, got {family!r}")
+    if not family.model_types:
+        raise ValueError(f"{family.__name__}.model_types is empty: it must name the config.model_type it is for")
+    _families.insert(0, family)
+
+
+def supported() -> list[str]:
+    """The model types that can be pruned."""
+    return sorted(set(itertools.chain.from_iterable(family.model_types for family in _families)))
+
+
+def family_of(model: Any) -> Family:
+    """The adapter of a model; TypeError or ValueError if there is none."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a Transformers model, got {type(model).__name__}")
+    for family in _families:
+        if model.config.model_type in family.model_types:
+            return family()
+    raise ValueError(
+        f"model type {model.config.model_type!r} is not supported; supported are {', '.join(supported())}. To add one, "
+        "derive a class from flashprune.integrations.transformers.Family that says where its visual tokens are, and "
+        "pass it to register_family"
+    )
