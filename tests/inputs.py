@@ -114,6 +114,11 @@ def signs(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
 
 
+def halves(*tensors: Tensor) -> list[Tensor]:
+    """Rounded to multiples of 1/2: sums of a few hundred products of such numbers are exact in any order."""
+    return [(x * 2).round() / 2 for x in tensors]
+
+
 def hadamard(n: int, d: int, seed: int = 0) -> Tensor:
     """Rows of a Hadamard matrix, repeated and negated: cosines -1, 0 and 1, so that a Cholesky factor is exact too."""
     h = torch.ones(1, 1)

@@ -1,5 +1,9 @@
 """The arithmetic of the CPU engine: a pair's product must not depend on the tile, the order or the instruction set."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -56,3 +60,27 @@ def test_every_bfloat16_is_exact(isa: str) -> None:
 def test_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match="'mmx' does not run here"):
         build.dots("mmx", rows(1, 4, 0), rows(1, 4, 1))
+
+
+SELECT = """
+import torch
+import flashprune as fp
+generator = torch.Generator().manual_seed(6)
+x, w = torch.randn(300, 700, generator=generator), torch.rand(300, generator=generator)
+for select in (fp.mmr_select, fp.dpp_select):
+    print(select(x, w, 75, sort=False, backend="cpu").tolist())
+"""
+
+
+def picks(isa: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "FLASHPRUNE_ISA": isa}
+    return subprocess.run([sys.executable, "-c", SELECT], env=environment, capture_output=True, text=True)
+
+
+def test_the_environment_chooses_the_instruction_set() -> None:
+    expected = picks("").stdout
+    assert expected
+    for isa in FUSED:
+        assert picks(isa).stdout == expected
+    error = picks("mmx").stderr
+    assert f"FLASHPRUNE_ISA=mmx does not run here, only {', '.join(SETS)}" in error

@@ -148,8 +148,11 @@ def test_a_segment_does_not_depend_on_its_neighbours(backend):
     query, key = random_qk(112, 112)
     cu_seqlens = torch.tensor(RAGGED, dtype=torch.int32)
     packed = fp.received_attention(query, key, cu_seqlens=cu_seqlens, backend=backend)
-    assert torch.equal(packed[48:], fp.received_attention(query[48:], key[48:], backend=backend))
-    assert torch.equal(packed, fp.received_attention(query, key, cu_seqlens=cu_seqlens, backend=backend))
+    alone = fp.received_attention(query[48:], key[48:], backend=backend)
+    torch.testing.assert_close(packed[48:], alone, rtol=2e-6, atol=0)  # PyTorch's products: to rounding
+    query[:48], key[:48] = math.nan, math.inf
+    among_others = fp.received_attention(query, key, cu_seqlens=cu_seqlens, backend=backend)[48:]
+    torch.testing.assert_close(among_others, alone, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -252,7 +255,7 @@ def test_compiled_attention_is_the_eager_one():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     expected = step(query, key, patches, cu_seqlens)
     for actual, wanted in zip(compiled(query, key, patches, cu_seqlens), expected, strict=True):
-        assert torch.equal(actual, wanted)
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_compiled_attention_checks_the_values_of_cu_seqlens():

@@ -1,4 +1,8 @@
 // Picks the instruction set once, at the first call.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
 #include "flashprune/kernels.h"
 
 namespace flashprune {
@@ -32,8 +36,17 @@ const std::vector<const Kernels*>& runnable_kernels() {
 }
 
 const Kernels& kernels() {
-  static const Kernels& fastest = *runnable_kernels().front();
-  return fastest;
+  static const Kernels& chosen = [&]() -> const Kernels& {
+    const char* wanted = std::getenv("FLASHPRUNE_ISA");
+    if (wanted == nullptr || *wanted == '\0') return *runnable_kernels().front();
+    std::string names;
+    for (const Kernels* kernels : runnable_kernels()) {
+      if (std::string(wanted) == kernels->name) return *kernels;
+      names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+    }
+    throw std::invalid_argument("FLASHPRUNE_ISA=" + std::string(wanted) + " does not run here, only " + names);
+  }();
+  return chosen;
 }
 
 }  // namespace flashprune

@@ -44,7 +44,7 @@ struct Kernels {
 // The tables that this processor runs, fastest first.
 const std::vector<const Kernels*>& runnable_kernels();
 
-// The fastest of them.
+// The fastest of them, or the one that the environment's FLASHPRUNE_ISA names; throws if that one does not run here.
 const Kernels& kernels();
 
 }  // namespace flashprune
