@@ -83,17 +83,32 @@ class Prefill:
 
     def record(self, cut: Cut, first_layer: int) -> Tensor | None:
         """Note on the cache what was dropped; the mask `[B, held + L']` of the shorter sequence, None if all valid."""
-        rows = len(cut.index)
-        past = caches.valid_past(self.cache, first_layer, self.mask, rows, cut.valid.device)
-        padded = cut.padded or past is not None
-        if past is None:
-            past = cut.valid.new_ones(rows, caches.length(self.cache, first_layer))
-        mask = torch.cat([past, cut.valid], dim=1)
+        before = caches.pruned(self.cache)
+        rows, device = len(cut.index), cut.index.device
+        held = caches.columns(self.cache, first_layer, self.mask, rows, device)
+        seen = held.shape[1] + (0 if before is None else before.removed)
+        columns = torch.cat([held, (cut.index + seen).masked_fill(~cut.valid, -1)], dim=1)
         if self.cache is None:
-            return mask
-        removed = self.attended.shape[1] - cut.index.shape[1]
-        caches.record(self.cache, first_layer, removed, mask.shape[1], mask if padded else None)
-        return mask if padded else None
+            return columns >= 0
+        padded = cut.padded or (held.shape[1] > 0 and (self.mask is not None or (before is not None and before.padded)))
+        inner = torch.zeros(rows, seen + self.attended.shape[1], dtype=torch.bool, device=device)
+        if before is not None:
+            inner[:, : before.inner.shape[1]] = before.inner.to(device)
+        torn = self._torn()
+        for row, first, end in torn:
+            inner[row, seen + first + 1 : seen + end] = True
+        tail = seen + max(end for _, _, end in torn)
+        caches.record(self.cache, caches.Pruned(first_layer, columns, padded, inner, tail))
+        return columns >= 0 if padded else None
+
+    def _torn(self) -> list[tuple[int, int, int]]:
+        """Of each image and video that loses tokens: its prompt, its first column and that after its last."""
+        queue, torn = iter(self.placed), []
+        for segment, budget in zip(self.tokens.segments, self.budgets, strict=True):
+            items = [next(queue) for _ in segment.items]
+            if budget < len(segment):
+                torn += [(one.row, int(one.columns[0]), int(one.columns[-1]) + 1) for one in items]
+        return torn
 
     def selection(self, hidden: Tensor) -> Selection:
         """What the pass tells of itself."""

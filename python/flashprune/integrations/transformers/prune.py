@@ -39,7 +39,7 @@ class Handle:
         return self._last if self._pruner is None else self._pruner.last
 
     def remove(self) -> None:
-        """Leave the model as it was; a second call does nothing. Caches that it pruned cannot be continued."""
+        """Leave the model as it was; a second call does nothing. Caches that it pruned need another pruning."""
         if self._pruner is not None:
             self._last = self._pruner.last
             self._pruner.remove()

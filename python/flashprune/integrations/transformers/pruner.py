@@ -54,6 +54,7 @@ class Pruner:
         self._encoding = False
         self._prefill: Prefill | None = None
         self._attention: list[Tensor] = []
+        self._cache: Any = None
         self._shorter: dict[str, Any] | None = None  # what the layers after a pruning inside the LLM are given
         self._undo: list[Callable[[], None]] = []
         try:
@@ -61,6 +62,11 @@ class Pruner:
         except BaseException:
             self.remove()
             raise
+
+    @property
+    def _first_layer(self) -> int:
+        """The first layer that sees fewer tokens."""
+        return self.layer + 1 if self.plan.inside else 0
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -72,7 +78,7 @@ class Pruner:
         self._before(self.base, self._enter)
         self._before(self.language_model, self._enter_language_model)
         self._after(self.language_model, self._leave_language_model)
-        for layer in self.language_model.layers[self.layer + 1 if self.plan.inside else 0 :]:
+        for layer in self.language_model.layers[self._first_layer :]:
             self._before(layer, self._enter_layer)
         for kind, name in self.family.encoders(self.base).items():
             self._watch_encoder(kind, name, encoder_layer)
@@ -158,6 +164,7 @@ class Pruner:
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self._signature.bind(*args, **kwargs).arguments
+        caches.lend(given.get("past_key_values"), self._first_layer)  # some models make their masks here
         self._forward = forward = Forward(given.get("input_ids"), given.get("inputs_embeds"))
         for kind, output in (given.get("mm_encoder_outputs") or {}).items():
             if output is not None and kind in KINDS:
@@ -171,7 +178,9 @@ class Pruner:
     def _enter_language_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         forward, self._forward = self._forward, None
         self._leave_language_model()
+        caches.lend(kwargs.get("past_key_values"), self._first_layer)
         prefill = None if forward is None else self._plan_prefill(forward, kwargs)
+        self._cache = kwargs.get("past_key_values")
         if prefill is None:
             self._continue(kwargs)
         elif self.plan.inside:
@@ -182,7 +191,8 @@ class Pruner:
         return args, kwargs
 
     def _leave_language_model(self) -> None:
-        self._prefill = self._shorter = None
+        caches.take_back(self._cache)
+        self._prefill = self._shorter = self._cache = None
         self._attention = []
 
     def _plan_prefill(self, forward: Forward, kwargs: dict[str, Any]) -> Prefill | None:
@@ -238,7 +248,7 @@ class Pruner:
         else:
             kwargs["position_ids"] = cut.take(positions)
         kwargs["inputs_embeds"] = cut.take(embeds)
-        kwargs["attention_mask"] = prefill.record(cut, first_layer=0)
+        kwargs["attention_mask"] = prefill.record(cut, self._first_layer)
         self.family.keep_extras(kwargs, cut)
 
     # Inside the LLM
@@ -289,9 +299,9 @@ class Pruner:
         cut = prefill.choose(hidden)
         self.last = prefill.selection(hidden)
         hidden = cut.take(hidden)
-        mask = prefill.record(cut, first_layer=self.layer + 1)
+        mask = prefill.record(cut, self._first_layer)
         self._shorter = {
-            "attention_mask": self._causal_mask(hidden, mask, prefill.cache, self.layer + 1),
+            "attention_mask": self._causal_mask(hidden, mask, prefill.cache, self._first_layer),
             "position_embeddings": tuple(cut.take(one) for one in kwargs["position_embeddings"]),
             "position_ids": None,
         }
