@@ -39,11 +39,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The tiny models as folders."""
     pytest.importorskip("transformers", minversion="5.19")
     from examples import tiny_models
+    from tests.vlm import FAMILIES
 
     root = tmp_path_factory.mktemp("models")
-    for family in tiny_models.FAMILIES:
+    for family in FAMILIES:
         tiny_models.save(family, root / family)
-    return {family: root / family for family in tiny_models.FAMILIES}
+    return {family: root / family for family in FAMILIES}
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 from examples import tiny_models
 from safetensors.torch import load_file, save_file
 from tests.calibration import PROMPT, fails, photo
+from tests.vlm import FAMILIES
 
 from flashprune.cli import calibrate as command
 from flashprune.cli import models
@@ -36,7 +37,7 @@ def test_wrong_arguments(folders: dict[str, Path], photos: Path, tmp_path: Path)
     assert not out.exists()
 
 
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_load(folders: dict[str, Path], family: str) -> None:
     model, processor = models.load(str(folders[family]), dtype="bfloat16")
     assert model.dtype == torch.bfloat16 and not model.training

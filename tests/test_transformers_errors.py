@@ -296,7 +296,7 @@ def test_a_family_that_cannot_be_registered() -> None:
         register_family(int)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"Nameless\.model_types is empty"):
         register_family(type("Nameless", (Family,), {}))
-    assert supported() == sorted(vlm.FAMILIES)
+    assert supported() == sorted(vlm.tiny_models.ALL)
 
 
 def test_a_family_that_says_only_where_its_images_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,5 +351,18 @@ def test_a_family_that_does_not_fit_its_model(
 def test_a_decoder_without_attention_to_read() -> None:
     model, _ = vlm.tiny_models.build("llava")
     del model.base_model.language_model.layers[3].self_attn
-    with pytest.raises(ValueError, match="has layers without self_attn, which methods inside the LLM need"):
+    with pytest.raises(ValueError, match="needs self_attn in every layer of the LLM, which LlamaModel lacks"):
         prune(model, "fastv")
+
+
+@pytest.mark.skipif("qwen2_5_omni_thinker" not in vlm.MORE, reason="not in this version of Transformers")
+def test_a_model_whose_thinker_is_to_be_pruned() -> None:
+    class Whole(transformers.PreTrainedModel):
+        config_class = transformers.LlamaConfig
+
+        def __init__(self) -> None:
+            super().__init__(transformers.LlamaConfig(model_type="qwen2_5_omni"))
+            self.thinker = vlm.built("qwen2_5_omni_thinker")[0]
+
+    with pytest.raises(ValueError, match=r"Whole sees and writes with its thinker: pass model\.thinker"):
+        prune(Whole())

@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -27,11 +28,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
-from . import internvl, llava, qwen, tokenizer
+from . import glm, internvl, llava, omni, qwen, tokenizer
 from .family import TinyFamily
 from .qwen import patches_over_time
 
 __all__ = [
+    "ALL",
     "FAMILIES",
     "IMAGE",
     "QWEN_VL",
@@ -49,8 +51,7 @@ __all__ = [
     "video_inputs",
 ]
 
-# Every family that the installed Transformers has.
-_ALL: list[TinyFamily] = [
+_FAMILIES: list[TinyFamily] = [
     llava.Llava(),
     llava.LlavaNext(),
     llava.LlavaOnevision(),
@@ -58,8 +59,18 @@ _ALL: list[TinyFamily] = [
     qwen.Qwen2VL(),
     qwen.Qwen25VL(),
     qwen.Qwen3VL(),
+    qwen.Qwen3VLMoe(),
+    qwen.Qwen35(),
+    qwen.Qwen35Moe(),
+    omni.Qwen25Omni(),
+    omni.Qwen3Omni(),
+    glm.Glm4v(),
+    glm.Glm4vMoe(),
+    glm.Glm46V(),
 ]
-TABLE = {family.name: family for family in _ALL if hasattr(transformers, family.needs)}
+ALL = tuple(family.name for family in _FAMILIES)
+# Those that the installed Transformers has.
+TABLE = {family.name: family for family in _FAMILIES if hasattr(transformers, family.needs)}
 FAMILIES = tuple(TABLE)
 QWEN_VL = tuple(name for name, family in TABLE.items() if isinstance(family, qwen.Qwen2VL))
 IMAGE = {name: family.image for name, family in TABLE.items()}  # the placeholders
@@ -67,11 +78,29 @@ VIDEO = {name: family.video for name, family in TABLE.items() if family.video is
 REAL = ("llava", "qwen2_5_vl")
 WIDTHS = ("tiny", "real")
 
+
+def _without_video(family: TinyFamily) -> None:
+    """Let a processor's class do without its video part, in this process."""
+    kind, parts = getattr(transformers, family.processor), ["image_processor", *family.processor_parts(), "tokenizer"]
+    kind.get_attributes = classmethod(lambda cls: parts)
+    if len(parts) > 2:  # the others are given the parts in the order of the class, where the video comes last
+        make = kind.__init__
+
+        def without(  # Transformers reads the names of its arguments
+            self: ProcessorMixin,
+            image_processor: Any,
+            feature_extractor: Any,
+            tokenizer: Any,
+            chat_template: Any = None,
+        ) -> None:
+            make(self, image_processor, feature_extractor, tokenizer, tokenizer, chat_template=chat_template)
+
+        kind.__init__ = without
+
+
 if not is_torchvision_available():
-    for _family in TABLE.values():
-        if _family.video_processor:
-            _class = getattr(transformers, _family.processor)
-            _class.get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])
+    for _family in {family.processor: family for family in TABLE.values() if family.video_processor}.values():
+        _without_video(_family)
 
 
 def build(
@@ -182,7 +211,7 @@ def video_inputs(
     video = kind.video_pixels(processor.image_processor, frames)
     writer = copy.copy(processor)
     writer.video_processor = processor.image_processor  # holds the sizes that replace_video_token asks for
-    text = chat(processor, ["video"], prompt).replace(VIDEO[family], writer.replace_video_token(video, 0), 1)
+    text = chat(processor, ["video"], prompt).replace(VIDEO[family], kind.video_text(writer, video), 1)
     batch = dict(processor.tokenizer([text], return_tensors="pt")) | video
     batch.pop("video_metadata", None)
     return transformers.BatchFeature(kind.video_batch(processor, batch)).to(model.device)
@@ -196,11 +225,13 @@ def randomize(model: nn.Module, silent: Sequence[int]) -> None:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
-        elif isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+        elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             nn.init.normal_(module.weight, std=1.5 / math.sqrt(module.weight[0].numel()))
         for name, parameter in module.named_parameters(recurse=False):
             if name in ("class_embedding", "cls_token", "position_embeddings", "image_newline"):
                 nn.init.normal_(parameter)
+            elif name in ("gate_up_proj", "down_proj"):  # of all experts, [experts, out, in]
+                nn.init.normal_(parameter, std=1.5 / math.sqrt(parameter.shape[-1]))
     with torch.no_grad():
         model.get_output_embeddings().weight[list(silent)] = 0
 
@@ -233,4 +264,4 @@ def make_processor(family: str, config: PreTrainedConfig, words: PreTrainedToken
     if kind.video_processor and is_torchvision_available():
         settings = kind.video_settings(images)
         options["video_processor"] = getattr(transformers, settings.pop("video_processor_type"))(**settings)
-    return getattr(transformers, kind.processor)(images, words, **options)
+    return getattr(transformers, kind.processor)(images, *kind.processor_parts().values(), words, **options)

@@ -42,6 +42,10 @@ class TinyFamily:
         """Of the processor, besides its parts and the chat template."""
         return {}
 
+    def processor_parts(self) -> dict[str, Any]:
+        """Of the processor, between that of images and the tokenizer."""
+        return {}
+
     def video_settings(self, images: Any) -> dict[str, Any]:
         """What processor_config.json says of the video processor: the settings of the image processor `images`."""
         settings = {"video_processor_type": self.video_processor, "size": dict(images.size)}
@@ -50,6 +54,10 @@ class TinyFamily:
     def video_pixels(self, images: Any, frames: Sequence[Image.Image]) -> dict[str, Any]:
         """What the video processor would make of two frames a second, by the image processor `images`."""
         raise NotImplementedError
+
+    def video_text(self, processor: Any, video: dict[str, Any]) -> str:
+        """The placeholders of a video."""
+        return processor.replace_video_token(video, 0)
 
     def video_batch(self, processor: Any, batch: dict[str, Any]) -> dict[str, Any]:
         """What else the model takes with a video."""

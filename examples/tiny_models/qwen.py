@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, the latter two also as mixtures of experts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers.video_utils import VideoMetadata
 from .family import TinyFamily
 
 FPS = 2.0  # of every video here
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 class Qwen2VL(TinyFamily):
@@ -22,6 +23,7 @@ class Qwen2VL(TinyFamily):
     video_processor, image, video = "Qwen2VLVideoProcessor", "<|image_pad|>", "<|video_pad|>"
     named: ClassVar = {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
     around_image = around_video = ("<|vision_start|>", "<|vision_end|>")
+    image_class = "Qwen2VLImageProcessorPil"
     shared = False  # whether a video has as many pixels as an image
 
     def config(
@@ -44,7 +46,7 @@ class Qwen2VL(TinyFamily):
         side = 2 * vision.patch_size  # of the square that one token stands for
         shortest, longest = (16, 100) if config.text_config.hidden_size == 64 else (4, 16384)
         size = {"shortest_edge": shortest * side**2, "longest_edge": longest * side**2}
-        return transformers.Qwen2VLImageProcessorPil(size=size, patch_size=vision.patch_size)
+        return getattr(transformers, self.image_class)(size=size, patch_size=vision.patch_size)
 
     def video_settings(self, images: Any) -> dict[str, Any]:
         settings = super().video_settings(images)
@@ -100,6 +102,37 @@ class Qwen3VL(Qwen2VL):
         # The size limits the pixels of all frames together.
         size = {edge: images.temporal_patch_size * pixels for edge, pixels in dict(images.size).items()}
         return super().video_settings(images) | {"size": size}
+
+
+class Qwen3VLMoe(Qwen3VL):
+    name, needs = "qwen3_vl_moe", "Qwen3VLMoeConfig"
+
+    def sizes(self, real: bool, text: dict[str, Any], tower: dict[str, Any]) -> None:
+        super().sizes(real, text, tower)
+        text |= EXPERTS
+
+
+class Qwen35(Qwen3VL):
+    """Linear attention in every other layer of the LLM; published models have it in three of four."""
+
+    name, needs = "qwen3_5", "Qwen3_5Config"
+
+    def sizes(self, real: bool, text: dict[str, Any], tower: dict[str, Any]) -> None:
+        super().sizes(real, text, tower)
+        tower |= {"patch_size": 14}
+        del tower["deepstack_visual_indexes"]
+        text["rope_parameters"] |= {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+        text |= {"layer_types": ["linear_attention", "full_attention"] * 2}
+        text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+        text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+
+
+class Qwen35Moe(Qwen35):
+    name, needs = "qwen3_5_moe", "Qwen3_5MoeConfig"
+
+    def sizes(self, real: bool, text: dict[str, Any], tower: dict[str, Any]) -> None:
+        super().sizes(real, text, tower)
+        text |= EXPERTS | {"shared_expert_intermediate_size": 32}
 
 
 def patches_over_time(images: Any, frames: Sequence[Image.Image], shared: bool) -> tuple[Tensor, Tensor]:

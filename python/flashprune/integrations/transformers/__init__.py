@@ -2,8 +2,7 @@
 
     handle = prune(model, method="idpruner", keep=0.25, scorer="scorer.safetensors")
 
-For LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, InternVL, Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and others by
-`register_family`.
+For the models of `supported()`, and others by `register_family`.
 """
 
 from . import requirement  # noqa: F401

@@ -36,9 +36,9 @@ class AttentionReader(Pruner):
         if getattr(model.base_model, _ACTIVE, None) is not None:
             raise ValueError("model is pruned: call remove() on its handle first")
         plan = _Everything("fastv", keep=1, rule="round", scope="image", backend="auto", options={})
-        family.check(model.base_model, inside=True)
-        config = family.language_model(model.base_model).config
-        super().__init__(model, family, plan, _layer(plan, layer, config), None)
+        family.check(model.base_model)
+        language_model = family.language_model(model.base_model)
+        super().__init__(model, family, plan, _layer(plan, layer, language_model), None)
         self._model = model
 
     def read(self, inputs: Mapping[str, Any]) -> list[tuple[Item, Tensor]]:

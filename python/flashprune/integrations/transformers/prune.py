@@ -107,9 +107,8 @@ def prune(
     checks.choice("scope", scope, SCOPES)
     checks.choice("rule", rule, _RULES)
     checks.choice("backend", backend, ("auto", "cuda", "triton", "cpu", "reference"))
-    family.check(base, METHODS[method].inside)
+    family.check(base)
     language_model = family.language_model(base)
-    config = language_model.config
     plan = Plan(
         method=method,
         keep=_keep(keep),
@@ -122,7 +121,9 @@ def prune(
         prior=_prior(method, prior, model, layer),
     )
     try_out(plan, 8)
-    pruner = Pruner(model, family, plan, _layer(plan, layer, config), _encoder_layer(family, plan, base, encoder_layer))
+    pruner = Pruner(
+        model, family, plan, _layer(plan, layer, language_model), _encoder_layer(family, plan, base, encoder_layer)
+    )
     handle = Handle(pruner)
     setattr(base, _ACTIVE, handle)
     return handle
@@ -196,7 +197,8 @@ def _prior(method: str, prior: Any, model: Any, layer: int) -> Any:
     return found
 
 
-def _layer(plan: Plan, layer: int, config: Any) -> int:
+def _layer(plan: Plan, layer: int, language_model: Any) -> int:
+    config = language_model.config
     layer = checks.integer("layer", layer, 0)
     if not plan.inside:
         return layer
@@ -206,6 +208,9 @@ def _layer(plan: Plan, layer: int, config: Any) -> int:
         raise ValueError(
             f"method={plan.method!r} needs full attention in every layer of the LLM, it has {config.layer_types}"
         )
+    if not all(hasattr(one, "self_attn") for one in language_model.layers):
+        name = type(language_model).__name__
+        raise ValueError(f"method={plan.method!r} needs self_attn in every layer of the LLM, which {name} lacks")
     return layer
 
 

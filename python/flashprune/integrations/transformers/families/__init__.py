@@ -11,9 +11,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .base import Family
+from .glm import Glm4v
 from .internvl import InternVL
 from .llava import Llava, LlavaNext, LlavaOnevision
-from .qwen import Qwen2VL, Qwen3VL, Qwen25VL
+from .qwen import Qwen2VL, Qwen3VL, Qwen25VL, Qwen35
 
 __all__ = ["Family", "family_of", "register_family", "supported"]
 
@@ -25,6 +26,8 @@ _families: list[type[Family]] = [
     Qwen2VL,
     Qwen25VL,
     Qwen3VL,
+    Qwen35,
+    Glm4v,
 ]
 
 
@@ -52,6 +55,10 @@ def family_of(model: Any) -> Family:
     for family in _families:
         if model.config.model_type in family.model_types:
             return family()
+    if getattr(getattr(model, "thinker", None), "config", None) is not None:
+        raise ValueError(
+            f"{type(model).__name__} sees and writes with its thinker: pass model.thinker, its part to prune"
+        )
     raise ValueError(
         f"model type {model.config.model_type!r} is not supported; supported are {', '.join(supported())}. To add one, "
         "derive a class from flashprune.integrations.transformers.Family that says where its visual tokens are, and "

@@ -72,16 +72,14 @@ class Family:
         """The base model's functions that make features, by the kind of `KINDS` that they encode."""
         return {kind: name for kind in KINDS if hasattr(base, name := f"get_{kind}_features")}
 
-    def check(self, base: Any, inside: bool) -> None:
-        """ValueError for a model without what the hooks need, for methods `inside` the LLM or not."""
+    def check(self, base: Any) -> None:
+        """ValueError for a model without what the hooks need."""
         name, model, decoder = type(self).__name__, type(base).__name__, f"{type(base).__name__}.{self.text_model}"
         if type(self).items is Family.items:
             raise ValueError(f"{name} defines no items(): it must say which images and videos a call encodes")
         layers = getattr(self.language_model(base), "layers", None)
         if not isinstance(layers, nn.ModuleList):
             raise ValueError(f"{decoder} has no list of layers: {name}.text_model must name the decoder")
-        if inside and not all(hasattr(layer, "self_attn") for layer in layers):
-            raise ValueError(f"{decoder} has layers without self_attn, which methods inside the LLM need")
         missing = [function for function in self.encoders(base).values() if not hasattr(base, function)]
         if missing or not self.encoders(base):
             wanted = ", ".join(missing) or " or ".join(f"get_{kind}_features" for kind in KINDS)

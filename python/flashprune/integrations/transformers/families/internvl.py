@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from .llava import Llava
 class InternVL(Llava):
     """InternVL: tiles of one size, each with 2 x 2 of its patches in a token; the tiles of an image adjoin."""
 
-    model_types = ("internvl",)
+    model_types: ClassVar[tuple[str, ...]] = ("internvl",)
     join_adjacent = True
 
     def items(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any) -> list[Item]:

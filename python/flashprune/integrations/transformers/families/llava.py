@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .base import Family
 class Llava(Family):
     """LLaVA-1.5: the patches of a CLIP tower in raster order. Pixtral towers deliver one grid an image."""
 
-    model_types = ("llava",)
+    model_types: ClassVar[tuple[str, ...]] = ("llava",)
 
     def items(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any) -> list[Item]:
         if self._one_sequence(base):
@@ -58,7 +58,7 @@ class Llava(Family):
 class LlavaNext(Llava):
     """LLaVA-NeXT: a base image, then its tiles put together, cut to the image, a newline token after each row."""
 
-    model_types = ("llava_next",)
+    model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
 
     def items(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any) -> list[Item]:
         """The grid is read off the model's own packing, done on ones with newlines of zero."""
@@ -97,7 +97,7 @@ class LlavaNext(Llava):
 class LlavaOnevision(LlavaNext):
     """LLaVA-OneVision: images as LLaVA-NeXT's, one tile each where a prompt has several; frames pooled 2 x 2."""
 
-    model_types = ("llava_onevision",)
+    model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
 
     def items(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any) -> list[Item]:
         if kind == "image":

@@ -1,9 +1,9 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, and the thinkers of Qwen2.5-Omni and Qwen3-Omni."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .base import Family
 class Qwen2VL(Family):
     """Qwen2-VL: each image at its own size, 2 x 2 patches merged, three-dimensional positions."""
 
-    model_types = ("qwen2_vl",)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
     tower = "visual"
 
     def items(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any) -> list[Item]:
@@ -35,9 +35,9 @@ class Qwen2VL(Family):
 
 
 class Qwen25VL(Qwen2VL):
-    """Qwen2.5-VL: most layers of the encoder attend in windows, for which the tokens are permuted."""
+    """Qwen2.5-VL and Qwen2.5-Omni: most layers of the encoder attend in windows, for which the tokens are permuted."""
 
-    model_types = ("qwen2_5_vl",)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl", "qwen2_5_omni_thinker")
 
     def default_layer(self, base: Any) -> int:
         return base.config.vision_config.fullatt_block_indexes[-1]
@@ -57,9 +57,9 @@ class Qwen25VL(Qwen2VL):
 
 
 class Qwen3VL(Qwen2VL):
-    """Qwen3-VL: features of earlier encoder layers are added to the visual tokens after the first layers of the LLM."""
+    """Qwen3-VL and Qwen3-Omni: features of earlier encoder layers are added after the first layers of the LLM."""
 
-    model_types = ("qwen3_vl",)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker")
 
     def keep_extras(self, kwargs: dict[str, Any], cut: Cut) -> None:
         if kwargs.get("deepstack_visual_embeds") is not None:
@@ -68,3 +68,9 @@ class Qwen3VL(Qwen2VL):
             kwargs["deepstack_visual_embeds"] = [
                 embeds.index_select(0, cut.kept.to(embeds.device)) for embeds in kwargs["deepstack_visual_embeds"]
             ]
+
+
+class Qwen35(Qwen2VL):
+    """Qwen3.5: most layers of the LLM hold a state instead of keys and values."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_5", "qwen3_5_moe")
