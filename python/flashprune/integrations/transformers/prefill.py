@@ -20,8 +20,15 @@ class Cut:
 
     index: Tensor  # int64 [B, L'], ascending where valid
     valid: Tensor  # bool [B, L'], which of them are tokens
+    goes_on: Tensor  # bool [B, L], these columns but for what fills up shorter prompts
+    dropped: Tensor  # bool [B, L], tokens that do not go on
     kept: Tensor  # int64, packed indices of visual tokens
     padded: bool  # whether any is not valid
+
+    @property
+    def places(self) -> Tensor:
+        """int64 [B, L], the new column of each that goes on."""
+        return (self.goes_on.cumsum(1) - self.goes_on.sum(1, keepdim=True) + self.index.shape[1] - 1).clamp(min=0)
 
     def take(self, tensor: Tensor) -> Tensor:
         """`[B, L, …]` cut to the columns that go on, `[B, L', …]`; B may be 1 for all."""
@@ -73,9 +80,12 @@ class Prefill:
         goes_on.flatten()[flat_here[kept]] = True
         # Dropped columns first; a shorter prompt is padded by some of them, masked.
         index = goes_on.to(torch.int8).argsort(dim=1, stable=True)[:, columns - width :]
+        attended = self.attended.to(hidden.device)
         self.cut = Cut(
             index=index,
-            valid=(goes_on & self.attended.to(hidden.device)).gather(1, index),
+            valid=(goes_on & attended).gather(1, index),
+            goes_on=goes_on,
+            dropped=attended & ~goes_on,
             kept=kept,
             padded=bool((lengths != width).any()) or not bool(self.attended[stays].all()),
         )
@@ -100,6 +110,16 @@ class Prefill:
         tail = seen + max(end for _, _, end in torn)
         caches.record(self.cache, caches.Pruned(first_layer, columns, padded, inner, tail))
         return columns >= 0 if padded else None
+
+    def check_tail(self, columns: int) -> None:
+        """ValueError if the last columns have some of an image that lost tokens."""
+        start = self.attended.shape[1] - columns
+        for row, first, end in self._torn():
+            if end > start:
+                raise ValueError(
+                    f"logits_to_keep={columns} reaches the image or video of prompt {row} at {first} to {end - 1}, of "
+                    "which tokens were dropped: give fewer, or 0 for all that is left"
+                )
 
     def _torn(self) -> list[tuple[int, int, int]]:
         """Of each image and video that loses tokens: its prompt, its first column and that after its last."""

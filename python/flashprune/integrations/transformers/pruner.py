@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from .capture import Tap
 from .clip import CLIPRelevance
 from .encoders import Calls
 from .families import Family
+from .outputs import Asked
 from .prefill import Prefill
 from .report import Selection, Stopwatch
 from .selection import Plan
@@ -40,8 +42,8 @@ class Pruner:
     """Prunes every prefill of a model until removed.
 
     Watched: the encoder (what images and videos there are, its attention), the base model's arguments (where their
-    placeholders are), the language model's (to shorten them), and for methods inside the LLM the layers from
-    `layer + 1` on, which see the shorter sequence.
+    placeholders are), the language model's (to shorten them), for methods inside the LLM the layers from `layer + 1`
+    on, which see the shorter sequence, and the head, of which a caller may ask for certain logits and a loss.
     """
 
     def __init__(self, model: Any, family: Family, plan: Plan, layer: int, encoder_layer: int | None) -> None:
@@ -54,6 +56,7 @@ class Pruner:
         self._encoding = False
         self._prefill: Prefill | None = None
         self._attention: list[Tensor] = []
+        self._asked: Asked | None = None
         self._cache: Any = None
         self._shorter: dict[str, Any] | None = None  # what the layers after a pruning inside the LLM are given
         self._undo: list[Callable[[], None]] = []
@@ -74,7 +77,8 @@ class Pruner:
             self._undo.pop()()
 
     def _install(self, model: nn.Module, encoder_layer: int | None) -> None:
-        self._before(model, self._check_call)
+        if model is not self.base:
+            self._watch_head(model)
         self._before(self.base, self._enter)
         self._before(self.language_model, self._enter_language_model)
         self._after(self.language_model, self._leave_language_model)
@@ -88,19 +92,28 @@ class Pruner:
             if hasattr(self.language_model, "_deepstack_process"):
                 self._replace(self.language_model, "_deepstack_process", self._deepstack)
 
+    def _watch_head(self, model: Any) -> None:
+        """What is asked of a model with a head, and where it is served."""
+        loss = model.loss_function
+        self._before(model, self._enter_model)
+        self._after(model, self._check_served, always=False)
+        self._after(model, self._leave_model)
+        self._before(model.get_output_embeddings(), self._enter_head)
+        self._replace(model, "_loss_function", lambda _: functools.partial(self._loss, loss))
+
     def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """`hook` may change the keyword arguments that it is given: they are a dictionary of that call alone."""
         handle = module.register_forward_pre_hook(lambda _, args, kwargs: hook(args, kwargs), with_kwargs=True)
         self._undo.append(handle.remove)
 
-    def _after(self, module: nn.Module, hook: Callable[[], None]) -> None:
-        handle = module.register_forward_hook(lambda *_: hook(), always_call=True)
+    def _after(self, module: nn.Module, hook: Callable[[], None], always: bool = True) -> None:
+        handle = module.register_forward_hook(lambda *_: hook(), always_call=always)
         self._undo.append(handle.remove)
 
-    def _replace(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """An attribute of this one object, found before its class's method until removed."""
+    def _replace(self, owner: Any, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
+        """An attribute of this one object, found before its class's until removed."""
         own = vars(owner).get(name)
-        setattr(owner, name, make(getattr(owner, name)))
+        setattr(owner, name, make(getattr(owner, name, None)))
         self._undo.append(lambda: delattr(owner, name) if own is None else setattr(owner, name, own))
 
     # What the encoder delivers
@@ -158,9 +171,22 @@ class Pruner:
 
     # What the model is called with
 
-    def _check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs.get("labels") is not None:
-            raise ValueError("labels do not fit a pruned sequence: remove the pruning to compute a loss")
+    def _enter_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        self._asked = Asked(kwargs)
+        return args, kwargs
+
+    def _enter_head(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return None if self._asked is None else ((self._asked.states(args[0]), *args[1:]), kwargs)
+
+    def _loss(self, compute: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        return compute(*args, **kwargs) if self._asked is None else self._asked.loss(compute, *args, **kwargs)
+
+    def _check_served(self) -> None:
+        if self._asked is not None:
+            self._asked.check_served()
+
+    def _leave_model(self) -> None:
+        self._asked = None
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self._signature.bind(*args, **kwargs).arguments
@@ -181,6 +207,8 @@ class Pruner:
         caches.lend(kwargs.get("past_key_values"), self._first_layer)
         prefill = None if forward is None else self._plan_prefill(forward, kwargs)
         self._cache = kwargs.get("past_key_values")
+        if self._asked is not None:
+            self._asked.prefill = prefill
         if prefill is None:
             self._continue(kwargs)
         elif self.plan.inside:
