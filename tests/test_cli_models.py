@@ -83,7 +83,7 @@ def test_what_is_no_model(folders: dict[str, Path], tmp_path: Path) -> None:
         tmp_path / "nowhere": "there is no folder",
         tmp_path / "empty": "holds no config.json",
         llava / "config.json": "is a file",
-        other: "of type gpt2; supported are internvl, llava",
+        other: "of type gpt2; supported are .*internvl, .*llava, llava_next",
         unknown: "is not a model that Transformers knows",
         cut: "cannot load the weights",
         fewer: "lacks weights",

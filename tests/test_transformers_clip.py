@@ -135,3 +135,24 @@ def test_wrong_use_leaves_the_model_as_it_was() -> None:
         ):
             llava(**inputs)
         assert torch.equal(llava(**inputs).logits, before)
+
+
+@torch.no_grad()
+def test_frames_that_the_model_pools() -> None:
+    model, processor = tiny_models.build("llava_next_video")
+    clip, base = clip_of(model), model.base_model
+    frames = [photo((100, 80), seed) for seed in range(3)]
+    inputs = tiny_models.video_inputs("llava_next_video", model, processor, frames, PROMPTS[0])
+    with prune(model, "cdpruner", 0.3, importance=CLIPRelevance(clip, processor.tokenizer, PROMPTS[0])) as handle:
+        model(**inputs)
+    tower = base.vision_tower(inputs["pixel_values_videos"][0], output_hidden_states=True).hidden_states[-2][:, 1:]
+    embeds = clip.visual_projection(clip.vision_model.post_layernorm(base.vision_resampler(tower)))
+    tokens = base.get_video_features(inputs["pixel_values_videos"], return_dict=True).pooler_output[0]
+    weights = fp.text_relevance(embeds.flatten(0, 1), text_embeds(clip, processor.tokenizer, PROMPTS[0]))
+    assert handle.last.kept[0].tolist() == fp.reference.dpp_select(tokens, weights, 4).tolist()
+
+
+def test_a_family_that_cannot_say_which_token_is_which_of_the_tower() -> None:
+    model, processor = tiny_models.build("vipllava")
+    with pytest.raises(ValueError, match=r"CLIPRelevance needs VipLlava\.packed\(\), which this family"):
+        prune(model, "cdpruner", importance=CLIPRelevance(clip_of(model), processor.tokenizer, "What?"))

@@ -1,4 +1,4 @@
-"""LLaVA with a Pixtral tower: images of any size in one packed sequence, a token of text after each row of patches."""
+"""Pixtral towers: images of any size in one packed sequence, a token of text after each row of tokens."""
 
 from typing import Any
 
@@ -8,17 +8,25 @@ import torch
 pytest.importorskip("transformers", minversion="5.19")
 
 from torch import Tensor
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlavaConfig,
+    Mistral3Config,
+    PixtralVisionConfig,
+    PreTrainedModel,
+)
 
 import flashprune as fp
 from flashprune.integrations.transformers import VisualTokens, prune
 
 PATCH, IMAGE, BREAK = 8, 40, 41
 SIZES = [(32, 48), (24, 40)]  # pixels, height and width: 4 x 6 and 3 x 5 patches
+GRIDS = {"llava": [(4, 6), (3, 5)], "mistral3": [(2, 3), (1, 2)]}  # tokens
 
 
-@pytest.fixture(scope="module")
-def model() -> LlavaForConditionalGeneration:
+@pytest.fixture(scope="module", params=GRIDS)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     torch.manual_seed(0)
     vision = PixtralVisionConfig(
         hidden_size=32,
@@ -37,24 +45,21 @@ def model() -> LlavaForConditionalGeneration:
         vocab_size=50,
         initializer_range=0.3,
     )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE,
-        image_token_id=IMAGE,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-    )
+    common = {"vision_config": vision, "text_config": text, "image_token_index": IMAGE, "vision_feature_layer": -1}
+    if request.param == "llava":
+        config = LlavaConfig(**common, image_token_id=IMAGE, vision_feature_select_strategy="full")
+    else:
+        config = Mistral3Config(**common, spatial_merge_size=2, tie_word_embeddings=False)
     config._attn_implementation = "eager"
-    return LlavaForConditionalGeneration(config).eval()
+    return AutoModelForImageTextToText.from_config(config).eval()
 
 
 @pytest.fixture(scope="module")
-def inputs() -> dict[str, Tensor]:
+def inputs(model: Any) -> dict[str, Tensor]:
     ids = [1, 2]
-    for height, width in SIZES:
-        for _ in range(height // PATCH):
-            ids += [IMAGE] * (width // PATCH) + [BREAK]
+    for rows, columns in GRIDS[model.config.model_type]:
+        for _ in range(rows):
+            ids += [IMAGE] * columns + [BREAK]
     torch.manual_seed(1)
     pixels = torch.randn(2, 3, 32, 48)
     return {"input_ids": torch.tensor([[*ids, 3, 4]]), "pixel_values": pixels, "image_sizes": torch.tensor(SIZES)}
@@ -64,14 +69,25 @@ def inputs() -> dict[str, Tensor]:
 def test_each_image_has_its_grid_and_the_attention_inside_it(model: Any, inputs: dict[str, Tensor]) -> None:
     tower = model.base_model.vision_tower(inputs["pixel_values"], image_sizes=SIZES, output_attentions=True)
     weights = tower.attentions[-1][0].mean(0)  # [39, 39], heads averaged
+    grids = GRIDS[model.config.model_type]
     with prune(model, "topk", 0.5, importance="received_attention", scope="image") as handle:
         model(**inputs)
-    assert handle.last is not None and handle.last.counts == [(24, 12), (15, 8)]
-    assert [item.planes for part in handle.last.items for item in part] == [((4, 6),), ((3, 5),)]
-    for part, kept, span in zip(handle.last.items, handle.last.kept, (slice(0, 24), slice(24, 39)), strict=True):
-        received = weights[span, span].mean(0)
-        torch.testing.assert_close(part[0].scores, received, atol=1e-6, rtol=1e-4)
-        assert kept.tolist() == fp.topk_select(received, len(kept)).tolist()
+    assert handle.last is not None
+    assert handle.last.counts == [(h * w, round(h * w / 2)) for h, w in grids]
+    assert [item.planes for part in handle.last.items for item in part] == [(grid,) for grid in grids]
+    for part, kept, span, patches, (rows, columns) in zip(
+        handle.last.items, handle.last.kept, (slice(0, 24), slice(24, 39)), ((4, 6), (3, 5)), grids, strict=True
+    ):
+        received = weights[span, span].mean(0).reshape(patches)
+        side = patches[1] // columns
+        tokens = [
+            received[side * y : side * y + side, side * x : side * x + side].sum()
+            for y in range(rows)
+            for x in range(columns)
+        ]
+        right = torch.stack(tokens)
+        torch.testing.assert_close(part[0].scores, right, atol=1e-6, rtol=1e-4)
+        assert kept.tolist() == fp.topk_select(right, len(kept)).tolist()
     image = inputs["input_ids"][0] == IMAGE
     for positions in handle.last.positions:
         assert image[positions].all()

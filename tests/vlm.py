@@ -149,6 +149,8 @@ def whole(model: Any, batch: Any, by_column: bool = False) -> Whole:
         here = ids == placeholder(base, kind)
         visual |= here
         embeds = embeds.masked_scatter(here.unsqueeze(-1), features)
+        for index, mark in enumerate(getattr(base, "visual_indicator_token_ids", ())):  # Ovis2, around its tiles
+            embeds[ids == mark] = output.visual_indicator_features[index]
         for index, layer in enumerate(getattr(output, "deepstack_features", None) or []):
             if len(deepstack) <= index:
                 deepstack.append(torch.zeros_like(embeds))
@@ -172,7 +174,8 @@ def placeholder(base: Any, kind: str) -> int:
 
 def decoder(model: Any) -> Any:
     """The language model without its head."""
-    return model.base_model.language_model
+    base = model.base_model
+    return base.language_model if hasattr(base, "language_model") else base.text_model
 
 
 @torch.no_grad()
@@ -233,6 +236,8 @@ def states(
             return hidden, columns
         mask = torch.full((len(columns), len(columns)), float("-inf"), dtype=hidden.dtype).triu(1)[None, None]
         rotary = lm.rotary_emb(hidden, positions if len(positions) == 3 else positions[0])
+        if kinds[index] == "sliding_attention":
+            mask = mask + torch.full_like(mask, float("-inf")).tril(-lm.config.sliding_window)
         mask = None if kinds[index] == "linear_attention" else mask
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
         if index < len(given.deepstack):

@@ -28,7 +28,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
-from . import glm, internvl, llava, omni, qwen, tokenizer
+from . import glm, internvl, llava, omni, pixtral, qwen, squares, tokenizer
 from .family import TinyFamily
 from .qwen import patches_over_time
 
@@ -67,6 +67,18 @@ _FAMILIES: list[TinyFamily] = [
     glm.Glm4v(),
     glm.Glm4vMoe(),
     glm.Glm46V(),
+    llava.LlavaNextVideo(),
+    pixtral.Mistral3(),
+    pixtral.LightOnOcr(),
+    squares.Idefics3(),
+    squares.SmolVLM(),
+    squares.AyaVision(),
+    squares.Cohere2Vision(),
+    squares.DeepseekVL(),
+    squares.DeepseekVLHybrid(),
+    squares.Janus(),
+    squares.Ovis2(),
+    squares.VipLlava(),
 ]
 ALL = tuple(family.name for family in _FAMILIES)
 # Those that the installed Transformers has.
@@ -145,7 +157,7 @@ def save(
     model, processor = build(family, width, seed, dtype)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    if family in VIDEO and not is_torchvision_available():
+    if TABLE[family].video_processor and not is_torchvision_available():
         # The part that this process does without: where torchvision is there, the folder loads like any other.
         path = Path(folder) / "processor_config.json"
         video = TABLE[family].video_settings(processor.image_processor)
@@ -175,8 +187,8 @@ def inputs(
     if len(images) != len(prompts):
         raise ValueError(f"images must hold one list for each prompt, got {len(images)} for {len(prompts)}")
     texts = [chat(processor, ["image"] * len(own), prompt) for own, prompt in zip(images, prompts, strict=True)]
-    shown = [list(own) for own in images if own]
-    return processor(images=shown or None, text=texts, padding=True, return_tensors="pt")
+    shown = [list(own) for own in images] if any(images) else None
+    return processor(images=shown, text=texts, padding=True, return_tensors="pt")
 
 
 def chat(processor: ProcessorMixin, media: Sequence[str], prompt: str) -> str:
@@ -257,7 +269,7 @@ def make_config(family: str, width: str, words: PreTrainedTokenizerFast) -> PreT
 def make_processor(family: str, config: PreTrainedConfig, words: PreTrainedTokenizerFast) -> ProcessorMixin:
     """The family's own processor, over the image processor that needs no torchvision."""
     kind = TABLE[family]
-    template = kind.template.replace("IMAGE", kind.image.join(kind.around_image))
+    template = kind.template.replace("IMAGE", (kind.written or kind.image).join(kind.around_image))
     if kind.video:
         template = template.replace("VIDEO", kind.video.join(kind.around_video))
     images, options = kind.image_processor(config), {"chat_template": template} | kind.options(config)

@@ -20,6 +20,7 @@ class TinyFamily:
     video_processor: ClassVar[str | None] = None
     image: ClassVar[str] = "<image>"  # the placeholders
     video: ClassVar[str | None] = None
+    written: ClassVar[str | None] = None  # what a chat template puts for an image, where it is not the placeholder
     auto: ClassVar[str] = "AutoModelForImageTextToText"
     template: ClassVar[str] = CHATML_CHAT
     turns: ClassVar[Sequence[str]] = ("<|im_end|>", "<|endoftext|>", "<|im_start|>")

@@ -1,4 +1,4 @@
-"""LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision."""
+"""LLaVA-1.5, LLaVA-NeXT, LLaVA-NeXT-Video, LLaVA-OneVision."""
 
 from __future__ import annotations
 
@@ -62,6 +62,33 @@ class LlavaNext(Llava):
         return transformers.LlavaNextImageProcessorPil(
             **self._sizes(config), image_grid_pinpoints=config.image_grid_pinpoints
         )
+
+
+class LlavaNextVideo(LlavaNext):
+    # Its own processor cannot do without a video part, which needs torchvision: LLaVA-NeXT's treats images alike.
+    name, needs = "llava_next_video", "LlavaNextVideoConfig"
+    video = "<video>"
+
+    def config(
+        self, real: bool, text: dict[str, Any], vision: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+    ) -> PreTrainedConfig:
+        return transformers.LlavaNextVideoConfig(
+            vision_config=transformers.CLIPVisionConfig(**vision, image_size=70, projection_dim=32),
+            text_config=transformers.LlamaConfig(**text),
+            image_token_index=self.image_id(tokenizer),
+            video_token_index=self.video_id(tokenizer),
+            image_grid_pinpoints=[[70, 140], [140, 70], [140, 140], [210, 70], [70, 210]],
+            tie_word_embeddings=False,
+        )
+
+    def video_pixels(self, images: Any, frames: Sequence[Image.Image]) -> dict[str, Any]:
+        tiles = [images([frame], return_tensors="pt")["pixel_values"][0, 0] for frame in frames]
+        return {"pixel_values_videos": torch.stack(tiles)[None]}
+
+    def video_text(self, processor: Any, video: dict[str, Any]) -> str:
+        frames, _, height, width = video["pixel_values_videos"][0].shape
+        side = processor.patch_size * 2
+        return self.video * (frames * (height // side) * (width // side))
 
 
 class LlavaOnevision(TinyFamily):

@@ -15,6 +15,7 @@ Compare the first image with the second one: what has changed between them? What
 # Two ways to write a conversation; IMAGE and VIDEO stand for a family's placeholders.
 LLAVA_CHAT = """{% for message in messages %}{{ message.role.upper() }}: {% if message.content is string %}\
 {{ message.content }}{% else %}{% for part in message.content %}{% if part.type == 'image' %}IMAGE
+{% elif part.type == 'video' %}VIDEO
 {% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endif %} {% endfor %}\
 {% if add_generation_prompt %}ASSISTANT:{% endif %}"""
 CHATML_CHAT = """{% for message in messages %}<|im_start|>{{ message.role }}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ...importance import query_attention, received_attention
 
@@ -54,3 +55,10 @@ class Calls:
         return received_attention(
             query, key, cu_seqlens=cu_seqlens, scale=self.seen[0][2], pool=pool, backend=self.backend
         )
+
+
+def blocks(scores: Tensor, side: int) -> Tensor:
+    """`[…, h, w]` summed over squares of `side`; at the lower and right edges by as much of a square as there is."""
+    height, width = scores.shape[-2:]
+    padded = functional.pad(scores, (0, -width % side, 0, -height % side))
+    return padded.unflatten(-1, (-1, side)).sum(-1).unflatten(-2, (-1, side)).sum(-2)

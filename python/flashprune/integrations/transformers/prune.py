@@ -117,7 +117,7 @@ def prune(
         scope=scope,
         backend=backend,
         options=make_options(method, options),
-        importance=_importance(method, scorer, importance, base, language_model),
+        importance=_importance(method, scorer, importance, family, base),
         encoder_attention=importance == "received_attention",
         prior=_prior(method, prior, model, layer),
     )
@@ -138,7 +138,7 @@ def _keep(keep: int | float) -> int | float:
 
 
 def _importance(
-    method: str, scorer: Any, importance: Any, base: Any, language_model: Any
+    method: str, scorer: Any, importance: Any, family: Family, base: Any
 ) -> Callable[[VisualTokens], Tensor] | None:
     given = [name for name, value in (("scorer", scorer), ("importance", importance)) if value is not None]
     needs = METHODS[method].needs
@@ -154,9 +154,12 @@ def _importance(
             + (" and ".join(given) or "none")
         )
     if scorer is not None:
-        return _scorer(scorer, language_model)
+        return _scorer(scorer, family.language_model(base))
     if isinstance(importance, CLIPRelevance):
         importance.check(base)
+        if type(family).packed is Family.packed:
+            name = type(family).__name__
+            raise ValueError(f"importance=CLIPRelevance needs {name}.packed(), which this family does not define")
     if callable(importance):
         return importance
     if importance != "received_attention":

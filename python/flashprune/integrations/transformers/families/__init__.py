@@ -13,14 +13,17 @@ from transformers import PreTrainedModel
 from .base import Family
 from .glm import Glm4v
 from .internvl import InternVL
-from .llava import Llava, LlavaNext, LlavaOnevision
+from .llava import Llava, LlavaNext, LlavaNextVideo, LlavaOnevision
+from .pixtral import LightOnOcr, Mistral3
 from .qwen import Qwen2VL, Qwen3VL, Qwen25VL, Qwen35
+from .squares import AyaVision, DeepseekVL, Idefics3, Ovis2, VipLlava
 
 __all__ = ["Family", "family_of", "register_family", "supported"]
 
 _families: list[type[Family]] = [
     Llava,
     LlavaNext,
+    LlavaNextVideo,
     LlavaOnevision,
     InternVL,
     Qwen2VL,
@@ -28,6 +31,13 @@ _families: list[type[Family]] = [
     Qwen3VL,
     Qwen35,
     Glm4v,
+    AyaVision,
+    DeepseekVL,
+    Idefics3,
+    LightOnOcr,
+    Mistral3,
+    Ovis2,
+    VipLlava,
 ]
 
 

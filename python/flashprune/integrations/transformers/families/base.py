@@ -100,10 +100,11 @@ class Family:
         return attention_modules(self._module(base, "tower"))
 
     def default_layer(self, base: Any) -> int:
-        """The encoder's layer whose attention is the importance: the one whose output becomes the features."""
+        """The encoder's layer whose attention is the importance: the last one whose output becomes features."""
         selected = getattr(base.config, "vision_feature_layer", -1)
-        selected = selected[-1] if isinstance(selected, list | tuple) else selected
-        return selected + len(self.attention_modules(base)) if selected < 0 else selected - 1
+        layers = selected if isinstance(selected, list | tuple) else [selected]
+        count = len(self.attention_modules(base))
+        return max(layer + count if layer < 0 else layer - 1 for layer in layers)
 
     def keep_extras(self, kwargs: dict[str, Any], cut: Cut) -> None:
         """Shorten what else the language model is given, if anything."""

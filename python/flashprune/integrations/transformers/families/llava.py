@@ -1,4 +1,4 @@
-"""LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision."""
+"""LLaVA-1.5, LLaVA-NeXT, LLaVA-NeXT-Video, LLaVA-OneVision."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..encoders import Calls
 from ..tokens import Item
@@ -92,6 +93,34 @@ class LlavaNext(Llava):
 
         grids, side = base.config.image_grid_pinpoints, base.config.vision_config.image_size
         return [image_size_to_num_patches(size, grids, side) for size in arguments["image_sizes"]]
+
+
+class LlavaNextVideo(LlavaNext):
+    """LLaVA-NeXT-Video: images as LLaVA-NeXT's; frames pooled."""
+
+    model_types = ("llava_next_video",)
+
+    def items(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any) -> list[Item]:
+        if kind == "image":
+            return super().items(base, kind, arguments, output)
+        videos, frames = arguments["pixel_values_videos"].shape[:2]
+        vision = base.config.vision_config
+        side = vision.image_size // vision.patch_size // base.config.spatial_pool_stride
+        return [Item.of_planes(kind, [(side, side)] * frames)] * videos
+
+    def scores(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any, calls: Calls) -> list[Tensor]:
+        """A video's: the mean of the patches that are pooled, in whatever way the model pools their features."""
+        if kind == "image":
+            return super().scores(base, kind, arguments, output, calls)
+        frames = self._tiles(base, calls)
+        side = math.isqrt(frames.shape[1])
+        pooled = functional.avg_pool2d(frames.unflatten(1, (1, side, side)), base.config.spatial_pool_stride)
+        return list(pooled.reshape(len(arguments["pixel_values_videos"]), -1))
+
+    def packed(self, base: Any, arguments: Mapping[str, Any], tiles: Tensor) -> list[Tensor]:
+        if "pixel_values_videos" not in arguments:
+            return super().packed(base, arguments, tiles)
+        return list(tiles.unflatten(0, (len(arguments["pixel_values_videos"]), -1)).flatten(1, 2))
 
 
 class LlavaOnevision(LlavaNext):
