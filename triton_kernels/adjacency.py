@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import EVERY, config
+from .order import product
 from .similarity import (
     ALIGNED,
     COSINES,
@@ -55,6 +56,11 @@ def proximity_tile(positions_ptr, tokens_m, tokens_n, mask_m, mask_n, kind, radi
 
 
 @triton.jit
+def edge_weight(alpha, similarity, beta, near):
+    return product(alpha, similarity) + product(beta, near)
+
+
+@triton.jit
 def edge_tile(
     x_ptr,
     inverse_ptr,
@@ -89,7 +95,7 @@ def edge_tile(
             positions_ptr, tokens_m, tokens_n, mask_m, mask_n, kind, radius, temporal_radius, falloff, diagonal
         )
         nearest = tl.max(tl.max(tl.where(mask, near, 0.0), 1), 0)
-        possible = alpha * (scale * (1.0 + COSINE_MARGIN) + offset) + beta * nearest > threshold
+        possible = edge_weight(alpha, scale * (1.0 + COSINE_MARGIN) + offset, beta, nearest) > threshold
     edges = tl.zeros([tokens_m.shape[0], tokens_n.shape[0]], tl.int32)
     if possible:
         cosines = token_cosines(
@@ -101,7 +107,7 @@ def edge_tile(
             near = proximity_tile(
                 positions_ptr, tokens_m, tokens_n, mask_m, mask_n, kind, radius, temporal_radius, falloff, diagonal
             )
-            weights = alpha * weights + beta * near
+            weights = edge_weight(alpha, weights, beta, near)
         edges = ((weights > threshold) & mask).to(tl.int32)
     return edges
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from . import configs
 from .greedy import TYPES, budget, engine_variants, pair_cosines, segment, segment_rows
 from .host_ints import budget_starts
-from .order import NO_KEY, key_index, key_score, make_key
+from .order import NO_KEY, key_index, key_score, make_key, product
 from .similarity import inverse_norms, strided_rows
 from .variants import Variant
 
@@ -38,6 +38,11 @@ FACTOR_STEP = tl.constexpr(32)  # factor entries a step of an inner product
 def gain_keys(gain, relevance, offs):
     """Keys by gain; NO_KEY where it is spent, which NaN is."""
     return tl.where(gain > RANK_TOL * (relevance * relevance), make_key(gain, offs), NO_KEY)
+
+
+@triton.jit
+def less(gain, e):
+    return gain - product(e, e)
 
 
 @triton.jit
@@ -158,9 +163,9 @@ def dpp_kernel(
                 pick = tl.load(picks_ptr + t)
                 missed = live & (seen <= t)
                 cosine = tl.load(gram_ptr + (t - first) * CANDIDATES + offs_c)
-                entries = tl.load(relevance_ptr + pick) * cosine * relevance
+                entries = product(tl.load(relevance_ptr + pick) * cosine, relevance)
                 e = absorb(factor_ptr, roots_ptr, kmax, tokens_c, missed, pick, t, entries)
-                gain = tl.where(missed, tl.fma(-e, e, gain), gain)
+                gain = tl.where(missed, less(gain, e), gain)
                 keys = tl.where(live, gain_keys(gain, relevance, tokens_c), NO_KEY)
                 best = tl.max(keys, 0)
                 t += 1
@@ -199,9 +204,9 @@ def dpp_kernel(
             slot = tl.sum(tl.where(hit, offs_c, 0), 0)
             cosine = tl.load(gram_ptr + slot * CANDIDATES + offs_c, mask=live, other=0.0)
             if tl.sum(live.to(tl.int32), 0) > 0:
-                entries = tl.load(relevance_ptr + token) * cosine * relevance
+                entries = product(tl.load(relevance_ptr + token) * cosine, relevance)
                 e = absorb(factor_ptr, roots_ptr, kmax, tokens_c, live, token, count, entries)
-                gain = tl.where(live, tl.fma(-e, e, gain), gain)
+                gain = tl.where(live, less(gain, e), gain)
             keys = tl.where(live, gain_keys(gain, relevance, tokens_c), NO_KEY)
             best = tl.max(keys, 0)
             count += 1

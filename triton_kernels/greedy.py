@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import configs
 from .host_ints import budget_starts
-from .order import NO_KEY, key_index, make_key
+from .order import NO_KEY, key_index, make_key, product
 from .similarity import ALIGNED, cosine_tile, strided_rows
 from .topk import topk_select
 from .variants import Variant, variants_of
@@ -74,8 +74,7 @@ def load_weights(importance_ptr, offs, mask, weighted):
 
 @triton.jit
 def score_keys(weights, nearest, offs, lam, rest):
-    # fma states the rounding: a compiler free to contract might round a stale key and a fresh one differently
-    return make_key(tl.fma(-rest, nearest, lam * weights), offs)
+    return make_key(product(lam, weights) - product(rest, nearest), offs)
 
 
 @triton.jit

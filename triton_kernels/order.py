@@ -13,6 +13,15 @@ NO_KEY = tl.constexpr(-(2**63))  # what masked-off lanes hold: below the key of 
 
 
 @triton.jit
+def product(a, b):
+    """a * b, rounded before it enters a sum: a compiler may fuse multiply and add, and does where it can.
+
+    Every backend rounds the numbers that decide a choice as the reference does, one operation at a time.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def ordered_bits(score):
     """float32 scores as int64 in [0, 2^32) that compare as the scores do."""
     bits = score.to(tl.int32, bitcast=True)

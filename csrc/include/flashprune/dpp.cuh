@@ -62,7 +62,7 @@ class Dpp : public Rounds<T, kVector> {
 
   // Entry of token i for pick t, of token j, from their cosine and the inner product of their rows so far.
   __device__ float entry(int i, int j, int t, float cosine, float product) const {
-    const float kernel = __fmul_rn(__fmul_rn(relevance(i), cosine), relevance(j));
+    const float kernel = __fmul_rn(__fmul_rn(relevance(j), cosine), relevance(i));
     return __fdiv_rn(__fsub_rn(kernel, product), root(t));
   }
   __device__ static float less(float gain, float entry) { return __fsub_rn(gain, __fmul_rn(entry, entry)); }
