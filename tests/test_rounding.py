@@ -143,9 +143,8 @@ def compile_all() -> None:
     """Print the float instructions of every function on every chip, one JSON array a line."""
     import triton
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-
     from flashprune.triton_kernels import adjacency, dpp, greedy
+    from triton.backends.compiler import GPUTarget
 
     @triton.jit
     def scores(a_ptr, b_ptr, out_ptr, lam, rest, BLOCK: tl.constexpr):
