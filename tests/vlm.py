@@ -120,6 +120,16 @@ class Whole:
     visual: Tensor  # bool [B, L]
     deepstack: list[Tensor]  # [B, L, D], what Qwen3-VL adds after each of its first layers
     deltas: list[int]  # position of the next token of each row, less its number of tokens
+    both_ways: tuple[str, ...] = ()  # kinds of layers in which the tokens of an image see one another
+    per_layer: Tensor | None = None  # [B, L, layers, d], what Gemma 4 looks up for each layer
+
+    def images(self, row: int, columns: list[int]) -> Tensor:
+        """Of each column, which run of visual ones it belongs to; -1 for text."""
+        runs, found = -1, {}
+        for column in self.visual_columns(row):
+            runs += column - 1 not in found
+            found[column] = runs
+        return torch.tensor([found.get(column, -1) for column in columns])
 
     def visual_columns(self, row: int) -> list[int]:
         return self.visual[row].nonzero().flatten().tolist()
@@ -164,7 +174,13 @@ def whole(model: Any, batch: Any, by_column: bool = False) -> Whole:
     positions = torch.arange(ids.shape[1])[None] - (0 if by_column else padding)
     deltas = padding.flatten().tolist() if by_column else [0] * len(ids)
     positions = positions.expand(3 if hasattr(base, "get_rope_index") else 1, len(ids), -1)
-    return Whole(model, ids, embeds, positions, attended, visual, deepstack, deltas)
+    both_ways = {"gemma3": ("full_attention", "sliding_attention"), "gemma4": ("sliding_attention",)}
+    given = Whole(model, ids, embeds, positions, attended, visual, deepstack, deltas)
+    given.both_ways = both_ways.get(base.config.model_type, ())
+    if base.config.model_type == "gemma4":
+        padding = base.config.text_config.pad_token_id
+        given.per_layer = decoder(model).get_per_layer_inputs(ids.masked_fill(visual, padding))
+    return given
 
 
 def placeholder(base: Any, kind: str) -> int:
@@ -203,6 +219,25 @@ def joined(parts: list[Whole], batches: list[Any]) -> Whole:
     return Whole(parts[0].model, ids, embeds, positions, attended, visual, deepstack, deltas)
 
 
+def mask(given: Whole, row: int, columns: list[int], kind: str) -> Tensor | None:
+    """What the columns of a prompt see of one another in a kind of layer."""
+    if kind == "linear_attention":
+        return None
+    back = torch.tensor(columns)[:, None] - torch.tensor(columns)
+    seen = back >= 0
+    if kind in given.both_ways:
+        images = given.images(row, columns)
+        seen |= (images[:, None] == images) & (images >= 0)
+    if kind == "sliding_attention":
+        seen &= back < decoder(given.model).config.sliding_window
+    return torch.zeros(seen.shape, dtype=given.embeds.dtype).masked_fill(~seen, float("-inf"))[None, None]
+
+
+def rotary(lm: Any, hidden: Tensor, positions: Tensor, kind: str) -> Any:
+    kinds = (kind,) if "layer_type" in inspect.signature(lm.rotary_emb.forward).parameters else ()
+    return lm.rotary_emb(hidden, positions if len(positions) == 3 else positions[0], *kinds)
+
+
 @torch.no_grad()
 def states(
     given: Whole,
@@ -226,7 +261,11 @@ def states(
     text = torch.arange(first, first + len(reply)).expand(len(given.positions), -1)
     positions = torch.cat([given.positions[:, row, columns], text], dim=1)[:, None]
     columns = [*columns, *after]
-    visual = set(given.visual_columns(row))
+    visual, stay, lookups = set(given.visual_columns(row)), list(range(len(columns))), None
+    if given.per_layer is not None:
+        replies = lm.get_per_layer_inputs(torch.tensor([reply], dtype=torch.int64))
+        lookups = torch.cat([given.per_layer[row, given.columns(row)][None], replies], dim=1)
+        lookups = lm.project_per_layer_inputs(hidden, lookups)
     for index, layer in enumerate(lm.layers):
         if index == first_layer and kept is not None:
             stay = [i for i, column in enumerate(columns) if column not in visual or column in kept]
@@ -234,12 +273,13 @@ def states(
             columns = [columns[i] for i in stay]
         if index == last_layer:
             return hidden, columns
-        mask = torch.full((len(columns), len(columns)), float("-inf"), dtype=hidden.dtype).triu(1)[None, None]
-        rotary = lm.rotary_emb(hidden, positions if len(positions) == 3 else positions[0])
-        if kinds[index] == "sliding_attention":
-            mask = mask + torch.full_like(mask, float("-inf")).tril(-lm.config.sliding_window)
-        mask = None if kinds[index] == "linear_attention" else mask
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+        own = {} if lookups is None else {"shared_kv_states": {}, "per_layer_input": lookups[:, stay, index]}
+        hidden = layer(
+            hidden,
+            attention_mask=mask(given, row, columns, kinds[index]),
+            position_embeddings=rotary(lm, hidden, positions, kinds[index]),
+            **own,
+        )
         if index < len(given.deepstack):
             here = [i for i, column in enumerate(columns) if column in visual]
             hidden[0, here] += given.deepstack[index][row, [columns[i] for i in here]]

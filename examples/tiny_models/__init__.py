@@ -28,7 +28,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
-from . import glm, internvl, llava, omni, pixtral, qwen, squares, tokenizer
+from . import gemma, glm, internvl, llava, omni, pixtral, qwen, squares, tokenizer
 from .family import TinyFamily
 from .qwen import patches_over_time
 
@@ -67,6 +67,7 @@ _FAMILIES: list[TinyFamily] = [
     glm.Glm4v(),
     glm.Glm4vMoe(),
     glm.Glm46V(),
+    gemma.Gemma3(),
     llava.LlavaNextVideo(),
     pixtral.Mistral3(),
     pixtral.LightOnOcr(),
@@ -236,12 +237,14 @@ def randomize(model: nn.Module, silent: Sequence[int]) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight)
+            nn.init.normal_(module.weight, std=1 / float(getattr(module, "embed_scale", 1)))
         elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             nn.init.normal_(module.weight, std=1.5 / math.sqrt(module.weight[0].numel()))
         for name, parameter in module.named_parameters(recurse=False):
             if name in ("class_embedding", "cls_token", "position_embeddings", "image_newline"):
                 nn.init.normal_(parameter)
+            elif name == "mm_input_projection_weight":  # [in, out]
+                nn.init.normal_(parameter, std=1.5 / math.sqrt(len(parameter)))
             elif name in ("gate_up_proj", "down_proj"):  # of all experts, [experts, out, in]
                 nn.init.normal_(parameter, std=1.5 / math.sqrt(parameter.shape[-1]))
     with torch.no_grad():

@@ -193,13 +193,20 @@ def columns(cache: Any, layer: int, mask: Tensor | None, rows: int, device: torc
     return found
 
 
-def valid(cache: Any, layer: int, mask: Tensor | None, rows: int, new: int, device: torch.device) -> Tensor | None:
-    """bool `[B, held + new]`: which columns of a pruned cache, and of new tokens, are tokens; None if all are."""
+def padded(cache: Any, mask: Tensor | None) -> bool:
+    """Whether some columns of a cache, and of new tokens, may be padding."""
     before = pruned(cache)
-    if mask is None and (before is None or not before.padded):
-        return None
-    past = columns(cache, layer, mask, rows, device) >= 0
-    latest = past.new_ones(rows, new) if mask is None else mask[:, -new:].to(device, torch.bool)
+    return mask is not None or (before is not None and before.padded)
+
+
+def longer(cache: Any, layer: int, mask: Tensor | None, rows: int, new: int, device: torch.device) -> Tensor:
+    """int64 `[B, held + new]`: `columns`, and those of new tokens."""
+    past = columns(cache, layer, mask, rows, device)
+    before = pruned(cache)
+    seen = past.shape[1] + (0 if before is None else before.removed)
+    latest = torch.arange(seen, seen + new, device=device).repeat(rows, 1)
+    if mask is not None:
+        latest.masked_fill_(~mask[:, -new:].to(device, torch.bool), -1)
     return torch.cat([past, latest], dim=1)
 
 

@@ -50,6 +50,7 @@ class Prefill:
     cache: Any
     stopwatch: Stopwatch
     cut: Cut | None = None  # set when tokens were chosen
+    columns: Tensor | None = None  # int64 [B, held + L'], set when that was recorded: which of the tokens seen, or -1
 
     @property
     def past(self) -> int:
@@ -97,7 +98,7 @@ class Prefill:
         rows, device = len(cut.index), cut.index.device
         held = caches.columns(self.cache, first_layer, self.mask, rows, device)
         seen = held.shape[1] + (0 if before is None else before.removed)
-        columns = torch.cat([held, (cut.index + seen).masked_fill(~cut.valid, -1)], dim=1)
+        self.columns = columns = torch.cat([held, (cut.index + seen).masked_fill(~cut.valid, -1)], dim=1)
         if self.cache is None:
             return columns >= 0
         padded = cut.padded or (held.shape[1] > 0 and (self.mask is not None or (before is not None and before.padded)))

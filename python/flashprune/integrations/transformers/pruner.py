@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from ...importance import query_attention
-from . import caches
+from . import caches, masks
 from .capture import Tap
 from .clip import CLIPRelevance
 from .encoders import Calls
@@ -35,6 +35,7 @@ class Forward:
 
     input_ids: Tensor | None
     inputs_embeds: Tensor | None
+    arguments: Mapping[str, Any]  # all of them
     encoded: dict[str, list[Item]] = field(default_factory=dict)
 
 
@@ -191,7 +192,7 @@ class Pruner:
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self._signature.bind(*args, **kwargs).arguments
         caches.lend(given.get("past_key_values"), self._first_layer)  # some models make their masks here
-        self._forward = forward = Forward(given.get("input_ids"), given.get("inputs_embeds"))
+        self._forward = forward = Forward(given.get("input_ids"), given.get("inputs_embeds"), given)
         for kind, output in (given.get("mm_encoder_outputs") or {}).items():
             if output is not None and kind in KINDS:
                 if not hasattr(output, _ITEMS):
@@ -209,12 +210,12 @@ class Pruner:
         self._cache = kwargs.get("past_key_values")
         if self._asked is not None:
             self._asked.prefill = prefill
-        if prefill is None:
-            self._continue(kwargs)
+        if prefill is None or forward is None:
+            self._continue(forward, kwargs)
         elif self.plan.inside:
             self._prefill = prefill
         else:
-            self._shorten_inputs(prefill, kwargs)
+            self._shorten_inputs(prefill, forward, kwargs)
             self._prefill = prefill
         return args, kwargs
 
@@ -227,7 +228,7 @@ class Pruner:
         """The prefill to prune; None if there is nothing to drop."""
         if not forward.encoded:
             return None
-        embeds, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        embeds, mask, cache = kwargs["inputs_embeds"], self._mask(forward, kwargs), kwargs.get("past_key_values")
         if cache is None and kwargs.get("use_cache", self.language_model.config.use_cache) is not False:
             cache = kwargs["past_key_values"] = DynamicCache(config=self.language_model.config)
         if getattr(cache, "is_compileable", False):
@@ -248,22 +249,46 @@ class Pruner:
             return None
         return prefill
 
-    def _continue(self, kwargs: dict[str, Any]) -> None:
+    def _mask(self, forward: Forward | None, kwargs: dict[str, Any]) -> Any:
+        """The caller's mask: some models make one for each kind of layer before they call the decoder."""
+        mask = kwargs.get("attention_mask")
+        return forward.arguments.get("attention_mask") if forward is not None and isinstance(mask, dict) else mask
+
+    def _continue(self, forward: Forward | None, kwargs: dict[str, Any]) -> None:
         """Decoding, or more text, on a cache that was pruned: the caller's mask counts what the cache lacks."""
         cache = kwargs.get("past_key_values")
         before = caches.pruned(cache)
-        if before is None:
+        if cache is None or before is None:
             return
-        embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        shorter = caches.valid(cache, before.first_layer, mask, len(embeds), embeds.shape[1], embeds.device)
+        embeds, mask = kwargs["inputs_embeds"], self._mask(forward, kwargs)
+        columns = caches.longer(cache, before.first_layer, mask, len(embeds), embeds.shape[1], embeds.device)
+        padded = caches.padded(cache, mask)
         if before.first_layer == 0:
-            kwargs["attention_mask"] = shorter
+            kwargs["attention_mask"] = self._masks(
+                kwargs, columns, padded, cache.get_seq_length() + embeds.shape[1], cache, {}
+            )
         else:
+            shorter = columns >= 0 if padded else None
             self._shorter = {"attention_mask": self._causal_mask(embeds, shorter, cache, before.first_layer)}
+
+    def _masks(
+        self,
+        kwargs: dict[str, Any],
+        columns: Tensor,
+        padded: bool,
+        seen: int,
+        cache: Any,
+        blocks: Mapping[str, Tensor],
+    ) -> Any:
+        """The decoder's mask: of the columns, where it makes its own of that, else those that it uses."""
+        config = self.language_model.config
+        if blocks or isinstance(kwargs.get("attention_mask"), dict) or masks.differ(config):
+            return masks.prepare(config, kwargs["inputs_embeds"], columns, padded, seen, cache, blocks)
+        return columns >= 0 if padded else None
 
     # Before the LLM
 
-    def _shorten_inputs(self, prefill: Prefill, kwargs: dict[str, Any]) -> None:
+    def _shorten_inputs(self, prefill: Prefill, forward: Forward, kwargs: dict[str, Any]) -> None:
         """Everything that the language model is given."""
         embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
         cut = prefill.choose(embeds)
@@ -276,7 +301,16 @@ class Pruner:
         else:
             kwargs["position_ids"] = cut.take(positions)
         kwargs["inputs_embeds"] = cut.take(embeds)
-        kwargs["attention_mask"] = prefill.record(cut, self._first_layer)
+        seen = prefill.past + embeds.shape[1]
+        shorter = prefill.record(cut, self._first_layer)
+        assert prefill.columns is not None
+        blocks = {
+            kind: cut.take(one[:, -embeds.shape[1] :].to(embeds.device))
+            for kind, one in self.family.blocks(self.base, forward.arguments).items()
+        }
+        kwargs["attention_mask"] = self._masks(
+            kwargs, prefill.columns, shorter is not None, seen, prefill.cache, blocks
+        )
         self.family.keep_extras(kwargs, cut)
 
     # Inside the LLM
@@ -347,13 +381,13 @@ class Pruner:
     def _deepstack(self, process: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Qwen3-VL adds features of the encoder after its first layers: after the pruning, to fewer tokens."""
 
-        def shorter(hidden: Tensor, masks: Tensor, embeds: Tensor) -> Tensor:
+        def shorter(hidden: Tensor, marks: Tensor, embeds: Tensor) -> Tensor:
             cut = None if self._prefill is None else self._prefill.cut
             if cut is not None:
-                kwargs: dict[str, Any] = {"visual_pos_masks": masks, "deepstack_visual_embeds": [embeds]}
+                kwargs: dict[str, Any] = {"visual_pos_masks": marks, "deepstack_visual_embeds": [embeds]}
                 self.family.keep_extras(kwargs, cut)
-                masks, (embeds,) = kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"]
-            return process(hidden, masks, embeds)
+                marks, (embeds,) = kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"]
+            return process(hidden, marks, embeds)
 
         return shorter
 

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .base import Family
+from .gemma import Gemma3, Gemma4
 from .glm import Glm4v
 from .internvl import InternVL
 from .llava import Llava, LlavaNext, LlavaNextVideo, LlavaOnevision
@@ -38,6 +39,8 @@ _families: list[type[Family]] = [
     Mistral3,
     Ovis2,
     VipLlava,
+    Gemma3,
+    Gemma4,
 ]
 
 

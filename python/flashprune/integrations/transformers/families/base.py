@@ -106,5 +106,12 @@ class Family:
         count = len(self.attention_modules(base))
         return max(layer + count if layer < 0 else layer - 1 for layer in layers)
 
+    def blocks(self, base: Any, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Of a prefill, by kind of the LLM's layers: int `[B, L]`, tokens with one number see one another both ways.
+
+        -1 for tokens that only look back. `arguments` are those of the base model's forward. Nothing where all do.
+        """
+        return {}
+
     def keep_extras(self, kwargs: dict[str, Any], cut: Cut) -> None:
         """Shorten what else the language model is given, if anything."""

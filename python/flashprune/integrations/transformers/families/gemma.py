@@ -1,0 +1,74 @@
+"""Gemma 3 and Gemma 4: sliding windows in most layers of the LLM, and tokens of one image that see one another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..encoders import Calls
+from ..prefill import Cut
+from ..tokens import Item
+from .base import Family
+from .llava import Llava
+
+
+class Gemma3(Llava):
+    """Gemma 3: images, and crops of them (pan and scan), of one size; the patches averaged to 16 x 16 tokens."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
+
+    def items(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any) -> list[Item]:
+        return [self._square(kind, len(tokens)) for tokens in output.pooler_output]
+
+    def scores(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any, calls: Calls) -> list[Tensor]:
+        """What the patches of a token have received, together."""
+        projector = base.multi_modal_projector
+        side, kernel = projector.patches_per_image, projector.kernel_size
+        received = calls.tiles(patches=side * side, drop_cls=False).reshape(-1, 1, side, side)
+        return list((torch.nn.functional.avg_pool2d(received, kernel) * kernel**2).flatten(1))
+
+    def default_layer(self, base: Any) -> int:
+        return len(self.attention_modules(base)) - 1
+
+    def blocks(self, base: Any, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+        types = arguments.get("token_type_ids")
+        if types is None:
+            return {}
+        runs = _runs(types == 1)
+        return {"full_attention": runs, "sliding_attention": runs}
+
+
+class Gemma4(Family):
+    """Gemma 4: each image at its own size, the patches of a token averaged; embeddings for each layer of the LLM."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("gemma4",)
+
+    def items(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any) -> list[Item]:
+        side = base.config.vision_config.pooling_kernel_size
+        places = torch.as_tensor(arguments[f"{kind}_position_ids"])  # [images or frames, patches, (x, y)]; -1: padding
+        grids = [(h // side, w // side) for w, h in (places.amax(1) + 1).tolist()]
+        if kind == "image":
+            return [Item.of_planes(kind, [grid]) for grid in grids]
+        queue = iter(grids)
+        frames = torch.as_tensor(arguments["num_frames_per_video"]).tolist()
+        return [Item.of_planes(kind, [next(queue) for _ in range(count)]) for count in frames]
+
+    def blocks(self, base: Any, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Only in layers with a window, and only in the larger models."""
+        types = arguments.get("mm_token_type_ids")
+        if types is None or base.config.get_text_config().use_bidirectional_attention != "vision":
+            return {}
+        return {"sliding_attention": _runs((types == 1) | (types == 2))}
+
+    def keep_extras(self, kwargs: dict[str, Any], cut: Cut) -> None:
+        if kwargs.get("per_layer_inputs") is not None:
+            kwargs["per_layer_inputs"] = cut.take(kwargs["per_layer_inputs"])
+
+
+def _runs(inside: Tensor) -> Tensor:
+    """int64 `[B, L]`: 0, 1, … along each row's runs of True, -1 elsewhere."""
+    starts = inside & ~torch.nn.functional.pad(inside, (1, 0))[:, :-1]
+    return (starts.cumsum(1) - 1).masked_fill(~inside, -1)
