@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .base import Family
-from .gemma import Gemma3, Gemma4
+from .gemma import Gemma3
 from .glm import Glm4v
 from .internvl import InternVL
 from .llava import Llava, LlavaNext, LlavaNextVideo, LlavaOnevision
@@ -40,7 +40,6 @@ _families: list[type[Family]] = [
     Ovis2,
     VipLlava,
     Gemma3,
-    Gemma4,
 ]
 
 
