@@ -12,13 +12,13 @@ from PIL import Image
 pytest.importorskip("transformers", minversion="5.19")
 
 from examples import tiny_models
-from examples.tiny_models import FAMILIES, TABLE, llava, pixtral, squares
+from examples.tiny_models import FAMILIES, TABLE, internvl, llava, pixtral, squares, video_llama
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from flashprune.cli.photos import load_photo
 
 # Those whose processors take everything: text alone, several images, an image of any shape.
-FEWER = (squares.Squares, pixtral.LightOnOcr, llava.LlavaNextVideo)
+FEWER = (squares.Squares, pixtral.LightOnOcr, llava.LlavaNextVideo, internvl.QianfanOcr, video_llama.VideoLlama3)
 PLAIN = tuple(name for name, family in TABLE.items() if not isinstance(family, FEWER))
 build = cache(tiny_models.build)
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from flashprune.integrations.transformers import prune
 
 NAMES = ("llava_next_video", "mistral3", "lighton_ocr", "idefics3", "smolvlm", "aya_vision", "cohere2_vision")
-NAMES += ("deepseek_vl", "deepseek_vl_hybrid", "janus", "ovis2", "vipllava")
+NAMES += ("deepseek_vl", "deepseek_vl_hybrid", "janus", "ovis2", "vipllava", "qianfan_ocr", "video_llama_3")
 FAMILIES = tuple(family for family in NAMES if family in vlm.MORE)
 PROMPTS = {"three": vlm.three, "video": vlm.video}
-CASES = [(family, "three") for family in FAMILIES] + [("llava_next_video", "video")]
-CLS = ("llava_next_video", "vipllava")
-TOWERS = {"lighton_ocr": "vision_encoder"}
+CASES = [(family, "three") for family in FAMILIES] + [("llava_next_video", "video"), ("video_llama_3", "video")]
+CLS = ("llava_next_video", "vipllava", "qianfan_ocr")
+TOWERS = {"lighton_ocr": "vision_encoder", "video_llama_3": "vision_model"}
 TOWERS |= dict.fromkeys(("idefics3", "smolvlm", "deepseek_vl", "deepseek_vl_hybrid", "janus"), "vision_model")
 
 
@@ -28,7 +28,9 @@ def encoder_scores(family: str, kind: str, batch: Any) -> Tensor:
     model, _ = vlm.built(family, "eager")
     tower = getattr(model.base_model, TOWERS.get(family, "vision_tower"))
     layers = [name for name, module in tower.named_modules() if type(module).__name__.endswith("Layer")]
-    layer = tower.get_submodule(layers[1 if family in CLS else 2])  # whose output becomes the features
+    layer = tower.get_submodule(
+        layers[1 if family in ("llava_next_video", "vipllava") else 2]
+    )  # whose output becomes the features
     (attention,) = [module for module in layer.children() if type(module).__name__.endswith("Attention")]
     seen: dict[str, Any] = {}
     hooks = [
@@ -41,23 +43,24 @@ def encoder_scores(family: str, kind: str, batch: Any) -> Tensor:
     for hook in hooks:
         hook.remove()
 
-    weights, states = seen["weights"].detach().mean(1), seen["states"]  # [tiles, n, n], [tiles, n, C]
-    if family in CLS:
-        received = weights[:, 0, 1:].flatten()
+    weights, states = seen["weights"], seen["states"]  # [tiles, heads, n, n], [tiles, n, C]
+    if isinstance(weights, list):  # of each image or frame
+        received = torch.cat([one[0].mean((0, 1)) for one in weights])
+    elif family in CLS:
+        received = weights[:, :, 0, 1:].mean(1).flatten()
     elif "image_sizes" in given:  # all images in one sequence
         own = [h * w // 14**2 for h, w in given["image_sizes"].tolist()]
-        received = weights[0].sum(0) / torch.tensor(own).repeat_interleave(torch.tensor(own))
+        received = weights[0].mean(0).sum(0) / torch.tensor(own).repeat_interleave(torch.tensor(own))
     else:
-        received = weights.mean(1).flatten()
+        received = weights.mean((1, 2)).flatten()
     found = []
     for token in features:
-        (slope,) = torch.autograd.grad(
-            (token * torch.linspace(1, 2, len(token))).sum(), states, retain_graph=True, allow_unused=True
-        )
+        (slope,) = torch.autograd.grad(token @ torch.linspace(1, 2, len(token)), states, retain_graph=True)
         of = (slope != 0).any(-1)
         patches = (of[:, 1:] if family in CLS else of).flatten()
-        found.append(received[patches].sum() / (int(patches.sum()) if kind == "video" else 1))
-    return torch.stack(found)
+        pooled = (family, kind) == ("llava_next_video", "video")
+        found.append(received[patches].sum() / (int(patches.sum()) if pooled else 1))
+    return torch.stack(found).detach()
 
 
 @pytest.mark.parametrize(("family", "prompts"), CASES)
@@ -80,6 +83,8 @@ PLANES = {
     "aya_vision": [((4, 4),)] * 3,
     "cohere2_vision": [((4, 4),)] * 3,
     "ovis2": [((4, 4),)] * 3,
+    "qianfan_ocr": [((4, 4),) * 3],
+    "video_llama_3": [((7, 13),)],
 }
 
 
@@ -92,11 +97,12 @@ def test_grids(family: str) -> None:
     assert planes == PLANES.get(family, [((6, 6),)])
 
 
+@pytest.mark.parametrize(("family", "plane"), [("llava_next_video", (2, 2)), ("video_llama_3", (3, 4))])
 @torch.no_grad()
-def test_grid_of_a_video() -> None:
-    with prune(vlm.built("llava_next_video")[0], "divprune", 0.3) as handle:
-        vlm.built("llava_next_video")[0](**vlm.video("llava_next_video"))
-    assert [item.planes for items in handle.last.items for item in items] == [((2, 2),) * 5]
+def test_grid_of_a_video(family: str, plane: tuple[int, int]) -> None:
+    with prune(vlm.built(family)[0], "divprune", 0.3) as handle:
+        vlm.built(family)[0](**vlm.video(family))
+    assert [item.planes for items in handle.last.items for item in items] == [(plane,) * 5]
 
 
 @torch.no_grad()

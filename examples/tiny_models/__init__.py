@@ -28,7 +28,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
-from . import gemma, glm, internvl, llava, omni, pixtral, qwen, squares, tokenizer
+from . import gemma, glm, internvl, llava, omni, pixtral, qwen, squares, tokenizer, video_llama
 from .family import TinyFamily
 from .qwen import patches_over_time
 
@@ -80,6 +80,8 @@ _FAMILIES: list[TinyFamily] = [
     squares.Janus(),
     squares.Ovis2(),
     squares.VipLlava(),
+    internvl.QianfanOcr(),
+    video_llama.VideoLlama3(),
 ]
 ALL = tuple(family.name for family in _FAMILIES)
 # Those that the installed Transformers has.

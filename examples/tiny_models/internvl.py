@@ -1,4 +1,4 @@
-"""InternVL."""
+"""InternVL and Qianfan-OCR."""
 
 from __future__ import annotations
 
@@ -44,3 +44,19 @@ class InternVL(TinyFamily):
     def video_batch(self, processor: Any, batch: dict[str, Any]) -> dict[str, Any]:
         batch["pixel_values"] = batch.pop("pixel_values_videos")[0]
         return batch
+
+
+class QianfanOcr(InternVL):
+    name, needs, processor = "qianfan_ocr", "QianfanOCRConfig", "QianfanOCRProcessor"
+    video_processor = video = None
+    written = "<image>"
+    turns = (*InternVL.turns, "<image>")
+
+    def config(
+        self, real: bool, text: dict[str, Any], vision: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+    ) -> PreTrainedConfig:
+        return transformers.QianfanOCRConfig(
+            vision_config=transformers.QianfanOCRVisionConfig(**vision, image_size=112),
+            text_config=transformers.Qwen3Config(**text, head_dim=16),
+            **{"image_token_id": self.image_id(tokenizer), "image_seq_length": 16},
+        )

@@ -18,6 +18,7 @@ from .llava import Llava, LlavaNext, LlavaNextVideo, LlavaOnevision
 from .pixtral import LightOnOcr, Mistral3
 from .qwen import Qwen2VL, Qwen3VL, Qwen25VL, Qwen35
 from .squares import AyaVision, DeepseekVL, Idefics3, Ovis2, VipLlava
+from .video_llama import VideoLlama3
 
 __all__ = ["Family", "family_of", "register_family", "supported"]
 
@@ -38,6 +39,7 @@ _families: list[type[Family]] = [
     LightOnOcr,
     Mistral3,
     Ovis2,
+    VideoLlama3,
     VipLlava,
     Gemma3,
 ]

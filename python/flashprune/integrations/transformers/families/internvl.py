@@ -1,4 +1,4 @@
-"""InternVL."""
+"""InternVL and Qianfan-OCR."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .llava import Llava
 
 
 class InternVL(Llava):
-    """InternVL: tiles of one size, each with 2 x 2 of its patches in a token; the tiles of an image adjoin."""
+    """InternVL and Qianfan-OCR: tiles of one size, 2 x 2 patches in a token; the tiles of an image adjoin."""
 
-    model_types: ClassVar[tuple[str, ...]] = ("internvl",)
+    model_types: ClassVar[tuple[str, ...]] = ("internvl", "qianfan_ocr")
     join_adjacent = True
 
     def items(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any) -> list[Item]:
