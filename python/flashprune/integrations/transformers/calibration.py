@@ -14,6 +14,7 @@ from .prefill import Prefill
 from .prior import resized
 from .prune import _ACTIVE, _layer
 from .pruner import Pruner
+from .running import Decoding
 from .selection import Plan
 from .tokens import Item
 
@@ -54,8 +55,8 @@ class AttentionReader(Pruner):
             return found.items
         raise ValueError("inputs hold no image and no video")
 
-    def _shorten_hidden(self, prefill: Prefill, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        attention = torch.cat(self._attention).double().cpu()
+    def _shorten_hidden(self, decoding: Decoding, prefill: Prefill, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        attention = torch.cat(decoding.attention).double().cpu()
         items = [one.item for one in prefill.placed]
         raise _Read(list(zip(items, attention.split([len(item) for item in items]), strict=True)))
 

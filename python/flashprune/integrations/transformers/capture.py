@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -40,28 +41,37 @@ class _Config:
     def __init__(self, original: Any, tap: Tap) -> None:
         self._original = original
         self._tap = tap
+        self._observed = _Observed()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
+        return getattr(vars(self)["_original"], name)
 
     @property
     def _attn_implementation(self) -> str:
+        if self._observed.inside:  # FlashAttention reads its own name there
+            return self._original._attn_implementation
         name = _PREFIX + (self._original._attn_implementation or "eager")
         if name not in ALL_ATTENTION_FUNCTIONS:
             AttentionInterface.register(name, _attend)
         return name
 
 
+class _Observed(threading.local):
+    """Whether the current thread is past the observer, in the model's own attention function."""
+
+    inside = False
+
+
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     config = module.config
-    tap, module.config = config._tap, config._original  # FlashAttention reads its own name there
+    config._tap.observer(query, key, kwargs["scaling"], kwargs)
+    eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._original._attn_implementation or "eager", eager)
+    config._observed.inside = True
     try:
-        tap.observer(query, key, kwargs["scaling"], kwargs)
-        eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation or "eager", eager)
         return attention(module, query, key, value, *args, **kwargs)
     finally:
-        module.config = config
+        config._observed.inside = False
 
 
 def attention_modules(tower: nn.Module) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -62,3 +63,11 @@ def blocks(scores: Tensor, side: int) -> Tensor:
     height, width = scores.shape[-2:]
     padded = functional.pad(scores, (0, -width % side, 0, -height % side))
     return padded.unflatten(-1, (-1, side)).sum(-1).unflatten(-2, (-1, side)).sum(-2)
+
+
+@dataclass
+class Encoding:
+    """One call of an encoder, and what is watched in it."""
+
+    calls: Calls  # of the layer whose attention is the importance
+    features: list[Tensor] = field(default_factory=list)  # what the tower hands to the projector

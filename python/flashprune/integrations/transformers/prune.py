@@ -31,17 +31,19 @@ class Handle:
     def __init__(self, pruner: Pruner) -> None:
         self._pruner: Pruner | None = pruner
         self._base = pruner.base
-        self._last: Selection | None = None
+        self._last = pruner.last
 
     @property
     def last(self) -> Selection | None:
-        """What the last prefill with images or videos kept; None before the first."""
-        return self._last if self._pruner is None else self._pruner.last
+        """What the last prefill with images or videos kept; None before the first.
+
+        In each thread the last of its own; the latest of any in a thread that ran none.
+        """
+        return self._last.selection
 
     def remove(self) -> None:
         """Leave the model as it was; a second call does nothing. Caches that it pruned need another pruning."""
         if self._pruner is not None:
-            self._last = self._pruner.last
             self._pruner.remove()
             self._pruner = None
             delattr(self._base, _ACTIVE)

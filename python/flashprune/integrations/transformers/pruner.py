@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,27 +15,18 @@ from transformers.masking_utils import create_causal_mask
 
 from ...importance import query_attention
 from . import caches, masks
-from .capture import Tap
 from .clip import CLIPRelevance
-from .encoders import Calls
+from .encoders import Calls, Encoding
 from .families import Family
+from .hooks import Hooks
 from .outputs import Asked
-from .prefill import Prefill
-from .report import Selection, Stopwatch
+from .prefill import Cut, Prefill
+from .report import Last, Stopwatch
+from .running import Decoding, Forward, Running
 from .selection import Plan
-from .tokens import KINDS, Item, VisualTokens, place, segments
+from .tokens import KINDS, VisualTokens, place, segments
 
 _ITEMS = "flashprune_items"  # on an encoder's output: its images and videos
-
-
-@dataclass
-class Forward:
-    """One forward pass of the base model, as its arguments and encoder calls tell of it."""
-
-    input_ids: Tensor | None
-    inputs_embeds: Tensor | None
-    arguments: Mapping[str, Any]  # all of them
-    encoded: dict[str, list[Item]] = field(default_factory=dict)
 
 
 class Pruner:
@@ -44,7 +34,7 @@ class Pruner:
 
     Watched: the encoder (what images and videos there are, its attention), the base model's arguments (where their
     placeholders are), the language model's (to shorten them), for methods inside the LLM the layers from `layer + 1`
-    on, which see the shorter sequence, and the head, of which a caller may ask for certain logits and a loss.
+    on, which see the shorter sequence, and the head, of which a caller may ask for certain logits and a loss. What is seen of a call is its thread's: see `Running`.
     """
 
     def __init__(self, model: Any, family: Family, plan: Plan, layer: int, encoder_layer: int | None) -> None:
@@ -52,15 +42,9 @@ class Pruner:
         self.base: Any = model.base_model
         self.language_model: Any = family.language_model(self.base)
         self._signature = inspect.signature(self.base.forward)  # here, for it takes longer than a layer's hook
-        self.last: Selection | None = None
-        self._forward: Forward | None = None
-        self._encoding = False
-        self._prefill: Prefill | None = None
-        self._attention: list[Tensor] = []
-        self._asked: Asked | None = None
-        self._cache: Any = None
-        self._shorter: dict[str, Any] | None = None  # what the layers after a pruning inside the LLM are given
-        self._undo: list[Callable[[], None]] = []
+        self.last = Last()
+        self._running = Running()
+        self._hooks = Hooks()
         try:
             self._install(model, encoder_layer)
         except BaseException:
@@ -74,125 +58,103 @@ class Pruner:
 
     def remove(self) -> None:
         """Leave the model as it was."""
-        while self._undo:
-            self._undo.pop()()
+        self._hooks.remove()
 
     def _install(self, model: nn.Module, encoder_layer: int | None) -> None:
+        hooks = self._hooks
         if model is not self.base:
             self._watch_head(model)
-        self._before(self.base, self._enter)
-        self._before(self.language_model, self._enter_language_model)
-        self._after(self.language_model, self._leave_language_model)
+        hooks.before(self.base, self._enter)
+        hooks.after(self.base, self._leave)
+        hooks.before(self.language_model, self._enter_language_model)
+        hooks.after(self.language_model, self._leave_language_model)
         for layer in self.language_model.layers[self._first_layer :]:
-            self._before(layer, self._enter_layer)
+            hooks.before(layer, self._enter_layer)
         for kind, name in self.family.encoders(self.base).items():
-            self._watch_encoder(kind, name, encoder_layer)
+            hooks.replace(self.base, name, functools.partial(self._encode, kind))
+        if encoder_layer is not None:
+            hooks.tap(self.family.attention_modules(self.base)[encoder_layer], self._observe_encoder)
+        if isinstance(self.plan.importance, CLIPRelevance):
+            hooks.before(self.base.multi_modal_projector, self._enter_projector)
         if self.plan.inside:
-            tap = Tap(self.language_model.layers[self.layer].self_attn, self._observe)
-            self._undo.append(tap.remove)
+            hooks.tap(self.language_model.layers[self.layer].self_attn, self._observe)
             if hasattr(self.language_model, "_deepstack_process"):
-                self._replace(self.language_model, "_deepstack_process", self._deepstack)
+                hooks.replace(self.language_model, "_deepstack_process", self._deepstack)
 
     def _watch_head(self, model: Any) -> None:
         """What is asked of a model with a head, and where it is served."""
-        loss = model.loss_function
-        self._before(model, self._enter_model)
-        self._after(model, self._check_served, always=False)
-        self._after(model, self._leave_model)
-        self._before(model.get_output_embeddings(), self._enter_head)
-        self._replace(model, "_loss_function", lambda _: functools.partial(self._loss, loss))
-
-    def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """`hook` may change the keyword arguments that it is given: they are a dictionary of that call alone."""
-        handle = module.register_forward_pre_hook(lambda _, args, kwargs: hook(args, kwargs), with_kwargs=True)
-        self._undo.append(handle.remove)
-
-    def _after(self, module: nn.Module, hook: Callable[[], None], always: bool = True) -> None:
-        handle = module.register_forward_hook(lambda *_: hook(), always_call=always)
-        self._undo.append(handle.remove)
-
-    def _replace(self, owner: Any, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
-        """An attribute of this one object, found before its class's until removed."""
-        own = vars(owner).get(name)
-        setattr(owner, name, make(getattr(owner, name, None)))
-        self._undo.append(lambda: delattr(owner, name) if own is None else setattr(owner, name, own))
+        hooks = self._hooks
+        hooks.before(model, self._enter_model)
+        hooks.after(model, self._check_served, always=False)
+        hooks.after(model, self._leave_model)
+        hooks.before(model.get_output_embeddings(), self._enter_head)
+        hooks.replace(model, "_loss_function", self._loss, model.loss_function)
 
     # What the encoder delivers
 
-    def _watch_encoder(self, kind: str, name: str, layer: int | None) -> None:
-        def watched(encode: Callable[..., Any]) -> Callable[..., Any]:
-            signature = inspect.signature(encode)
+    def _encode(self, kind: str, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of the base model's function that makes an image's or a video's features."""
+        running = self._running
+        if running.encoding is not None:  # Qwen3-VL encodes videos by its function for images
+            return encode(*args, **kwargs)
+        bound = inspect.signature(encode).bind(*args, **kwargs)
+        bound.apply_defaults()
+        running.encoding = encoding = Encoding(Calls(self.plan.backend))
+        try:
+            output = encode(*args, **kwargs)
+        finally:
+            running.encoding = None
+        self._note_items(kind, bound.arguments, output, encoding)
+        return output
 
-            def wrapper(*args: Any, **kwargs: Any) -> Any:
-                if self._encoding:  # Qwen3-VL encodes videos by its function for images
-                    return encode(*args, **kwargs)
-                bound = signature.bind(*args, **kwargs)
-                bound.apply_defaults()
-                with ExitStack() as watching:
-                    self._encoding = True
-                    watching.callback(setattr, self, "_encoding", False)
-                    details = self._watch_details(watching, layer)
-                    output = encode(*args, **kwargs)
-                self._note_items(kind, bound.arguments, output, *details)
-                return output
+    def _observe_encoder(self, query: Tensor, key: Tensor, scale: float, kwargs: dict[str, Any]) -> None:
+        if self._running.encoding is not None:
+            self._running.encoding.calls.observe(query, key, scale, kwargs)
 
-            wrapper.__signature__ = signature  # type: ignore[attr-defined]  # generate chooses arguments by it
-            return wrapper
+    def _enter_projector(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._running.encoding is not None:
+            self._running.encoding.features.append(args[0])
 
-        self._replace(self.base, name, watched)
-
-    def _watch_details(self, watching: ExitStack, layer: int | None) -> tuple[Calls | None, list[Tensor]]:
-        """The attention of one layer, and what the tower hands to the projector, as far as the importance asks."""
-        calls, features = None, []
-        if layer is not None:
-            calls = Calls(self.plan.backend)
-            tap = Tap(self.family.attention_modules(self.base)[layer], calls.observe)
-            watching.callback(tap.remove)
-        if isinstance(self.plan.importance, CLIPRelevance):
-            handle = self.base.multi_modal_projector.register_forward_pre_hook(lambda _, args: features.append(args[0]))
-            watching.callback(handle.remove)
-        return calls, features
-
-    def _note_items(
-        self, kind: str, arguments: Mapping[str, Any], output: Any, calls: Calls | None, features: list[Tensor]
-    ) -> None:
+    def _note_items(self, kind: str, arguments: Mapping[str, Any], output: Any, encoding: Encoding) -> None:
         if not hasattr(output, "pooler_output"):
             return  # a tuple, asked for by a caller of their own: the model itself never does
         family, base = self.family, self.base
         items = family.items(base, kind, arguments, output)
-        if calls is not None:
-            scores = family.scores(base, kind, arguments, output, calls)
+        if self.plan.encoder_attention:
+            scores = family.scores(base, kind, arguments, output, encoding.calls)
             items = [replace(item, scores=one) for item, one in zip(items, scores, strict=True)]
         if isinstance(self.plan.importance, CLIPRelevance):
-            embeds = family.packed(base, arguments, self.plan.importance.embed(features[0]))
+            embeds = family.packed(base, arguments, self.plan.importance.embed(encoding.features[0]))
             items = [replace(item, embeds=one) for item, one in zip(items, embeds, strict=True)]
         setattr(output, _ITEMS, items)
-        if self._forward is not None:
-            self._forward.encoded[kind] = items
+        if self._running.forward is not None:
+            self._running.forward.encoded[kind] = items
 
     # What the model is called with
 
-    def _enter_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        self._asked = Asked(kwargs)
+    def _enter_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        self._running.asked = Asked(kwargs)
         return args, kwargs
 
-    def _enter_head(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return None if self._asked is None else ((self._asked.states(args[0]), *args[1:]), kwargs)
+    def _enter_head(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        asked = self._running.asked
+        return None if asked is None else ((asked.states(args[0]), *args[1:]), kwargs)
 
     def _loss(self, compute: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        return compute(*args, **kwargs) if self._asked is None else self._asked.loss(compute, *args, **kwargs)
+        asked = self._running.asked
+        return compute(*args, **kwargs) if asked is None else asked.loss(compute, *args, **kwargs)
 
-    def _check_served(self) -> None:
-        if self._asked is not None:
-            self._asked.check_served()
+    def _check_served(self, *_: Any) -> None:
+        if self._running.asked is not None:
+            self._running.asked.check_served()
 
-    def _leave_model(self) -> None:
-        self._asked = None
+    def _leave_model(self, *_: Any) -> None:
+        self._running.asked = None
 
-    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self._signature.bind(*args, **kwargs).arguments
         caches.lend(given.get("past_key_values"), self._first_layer)  # some models make their masks here
-        self._forward = forward = Forward(given.get("input_ids"), given.get("inputs_embeds"), given)
+        self._running.forward = forward = Forward(given.get("input_ids"), given.get("inputs_embeds"), given)
         for kind, output in (given.get("mm_encoder_outputs") or {}).items():
             if output is not None and kind in KINDS:
                 if not hasattr(output, _ITEMS):
@@ -202,27 +164,28 @@ class Pruner:
                     )
                 forward.encoded[kind] = getattr(output, _ITEMS)
 
-    def _enter_language_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        forward, self._forward = self._forward, None
+    def _leave(self, *_: Any) -> None:
+        self._running.forward = None
+
+    def _enter_language_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        running, cache = self._running, kwargs.get("past_key_values")
+        forward, running.forward = running.forward, None
         self._leave_language_model()
-        caches.lend(kwargs.get("past_key_values"), self._first_layer)
+        caches.lend(cache, self._first_layer)
         prefill = None if forward is None else self._plan_prefill(forward, kwargs)
-        self._cache = kwargs.get("past_key_values")
-        if self._asked is not None:
-            self._asked.prefill = prefill
+        running.decoding = decoding = Decoding(kwargs.get("past_key_values"), prefill)
+        if running.asked is not None:
+            running.asked.prefill = prefill
         if prefill is None or forward is None:
-            self._continue(forward, kwargs)
-        elif self.plan.inside:
-            self._prefill = prefill
-        else:
+            self._continue(decoding, forward, kwargs)
+        elif not self.plan.inside:
             self._shorten_inputs(prefill, forward, kwargs)
-            self._prefill = prefill
         return args, kwargs
 
-    def _leave_language_model(self) -> None:
-        caches.take_back(self._cache)
-        self._prefill = self._shorter = self._cache = None
-        self._attention = []
+    def _leave_language_model(self, *_: Any) -> None:
+        decoding, self._running.decoding = self._running.decoding, None
+        if decoding is not None:
+            caches.take_back(decoding.cache)
 
     def _plan_prefill(self, forward: Forward, kwargs: dict[str, Any]) -> Prefill | None:
         """The prefill to prune; None if there is nothing to drop."""
@@ -245,7 +208,7 @@ class Pruner:
         tokens = VisualTokens(embeds[:0, 0], segments(placed, self.plan.scope), forward.input_ids)
         prefill = Prefill(self.plan, placed, tokens, attended, mask, cache, Stopwatch(embeds.device))
         if prefill.budgets == tokens.lengths:
-            self.last = prefill.selection(embeds)
+            self.last.note(prefill.selection(embeds))
             return None
         return prefill
 
@@ -254,9 +217,9 @@ class Pruner:
         mask = kwargs.get("attention_mask")
         return forward.arguments.get("attention_mask") if forward is not None and isinstance(mask, dict) else mask
 
-    def _continue(self, forward: Forward | None, kwargs: dict[str, Any]) -> None:
+    def _continue(self, decoding: Decoding, forward: Forward | None, kwargs: dict[str, Any]) -> None:
         """Decoding, or more text, on a cache that was pruned: the caller's mask counts what the cache lacks."""
-        cache = kwargs.get("past_key_values")
+        cache = decoding.cache
         before = caches.pruned(cache)
         if cache is None or before is None:
             return
@@ -269,7 +232,7 @@ class Pruner:
             )
         else:
             shorter = columns >= 0 if padded else None
-            self._shorter = {"attention_mask": self._causal_mask(embeds, shorter, cache, before.first_layer)}
+            decoding.shorter = {"attention_mask": self._causal_mask(embeds, shorter, cache, before.first_layer)}
 
     def _masks(
         self,
@@ -291,8 +254,7 @@ class Pruner:
     def _shorten_inputs(self, prefill: Prefill, forward: Forward, kwargs: dict[str, Any]) -> None:
         """Everything that the language model is given."""
         embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
-        cut = prefill.choose(embeds)
-        self.last = prefill.selection(embeds)
+        cut = self._choose(prefill, embeds)
         if positions is None:
             positions = torch.arange(embeds.shape[1], device=embeds.device)[None] + prefill.past
         if positions.dim() == 3:
@@ -317,8 +279,9 @@ class Pruner:
 
     def _observe(self, query: Tensor, key: Tensor, scale: float, kwargs: dict[str, Any]) -> None:
         """Attention of each prompt's last token, from the queries and keys of the layer before the pruning."""
-        prefill = self._prefill
-        if prefill is None:
+        decoding = self._running.decoding
+        prefill = None if decoding is None else decoding.prefill
+        if decoding is None or prefill is None:
             return
         columns = prefill.attended.shape[1]
         past = key.shape[2] - columns
@@ -332,7 +295,7 @@ class Pruner:
                     attended = torch.cat([before, attended])
                 visible = attended.nonzero().flatten()
                 visual = torch.cat([one.columns for one in prefill.placed if one.row == row]) + past
-                self._attention.append(
+                decoding.attention.append(
                     query_attention(
                         query[row, :, visible[-1] - past].unsqueeze(0),
                         _take(key[row], visible).transpose(0, 1),
@@ -342,32 +305,38 @@ class Pruner:
                     )
                 )
 
-    def _enter_layer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._prefill is None and self._shorter is None:
+    def _enter_layer(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        decoding = self._running.decoding
+        if decoding is None or (decoding.prefill is None and decoding.shorter is None):
             return None
         if not self.plan.inside:
             kwargs["position_ids"] = None  # not consecutive: FlashAttention would take them for packed sequences
             return args, kwargs
-        if self._prefill is not None and self._shorter is None:
-            hidden = self._shorten_hidden(self._prefill, args[0], kwargs)
+        if decoding.prefill is not None and decoding.shorter is None:
+            hidden = self._shorten_hidden(decoding, decoding.prefill, args[0], kwargs)
             args = (hidden, *args[1:])
-        assert self._shorter is not None
-        kwargs.update(self._shorter)
+        assert decoding.shorter is not None
+        kwargs.update(decoding.shorter)
         return args, kwargs
 
-    def _shorten_hidden(self, prefill: Prefill, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _shorten_hidden(self, decoding: Decoding, prefill: Prefill, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Hidden states, rotary embeddings and mask at the first layer that sees fewer tokens."""
-        prefill.tokens.attention = torch.cat(self._attention)
-        cut = prefill.choose(hidden)
-        self.last = prefill.selection(hidden)
+        prefill.tokens.attention = torch.cat(decoding.attention)
+        cut = self._choose(prefill, hidden)
         hidden = cut.take(hidden)
         mask = prefill.record(cut, self._first_layer)
-        self._shorter = {
+        decoding.shorter = {
             "attention_mask": self._causal_mask(hidden, mask, prefill.cache, self._first_layer),
             "position_embeddings": tuple(cut.take(one) for one in kwargs["position_embeddings"]),
             "position_ids": None,
         }
         return hidden
+
+    def _choose(self, prefill: Prefill, hidden: Tensor) -> Cut:
+        with self._running.apart():
+            cut = prefill.choose(hidden)
+        self.last.note(prefill.selection(hidden))
+        return cut
 
     def _causal_mask(self, hidden: Tensor, mask: Tensor | None, cache: Any, layer: int) -> Any:
         return create_causal_mask(
@@ -378,18 +347,15 @@ class Pruner:
             layer_idx=layer,
         )
 
-    def _deepstack(self, process: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _deepstack(self, process: Callable[..., Tensor], hidden: Tensor, marks: Tensor, embeds: Tensor) -> Tensor:
         """Qwen3-VL adds features of the encoder after its first layers: after the pruning, to fewer tokens."""
-
-        def shorter(hidden: Tensor, marks: Tensor, embeds: Tensor) -> Tensor:
-            cut = None if self._prefill is None else self._prefill.cut
-            if cut is not None:
-                kwargs: dict[str, Any] = {"visual_pos_masks": marks, "deepstack_visual_embeds": [embeds]}
-                self.family.keep_extras(kwargs, cut)
-                marks, (embeds,) = kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"]
-            return process(hidden, marks, embeds)
-
-        return shorter
+        decoding = self._running.decoding
+        cut = None if decoding is None or decoding.prefill is None else decoding.prefill.cut
+        if cut is not None:
+            kwargs: dict[str, Any] = {"visual_pos_masks": marks, "deepstack_visual_embeds": [embeds]}
+            self.family.keep_extras(kwargs, cut)
+            marks, (embeds,) = kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"]
+        return process(hidden, marks, embeds)
 
 
 def _take(keys: Tensor, visible: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,3 +97,23 @@ class Selection:
         Importance from the encoder is not in it: that was computed while encoding.
         """
         return self.stopwatch.seconds
+
+
+class Last:
+    """The selection of the calling thread's last prefill; if it ran none, that of any thread's."""
+
+    def __init__(self) -> None:
+        self._own = threading.local()
+        self._latest: Selection | None = None
+
+    def note(self, selection: Selection) -> None:
+        """The calling thread's from now on."""
+        self._own.selection = self._latest = selection
+
+    @property
+    def selection(self) -> Selection | None:
+        return getattr(self._own, "selection", self._latest)
+
+    def __reduce__(self) -> Any:
+        """A copy has seen no prefill."""
+        return Last, ()
