@@ -60,3 +60,33 @@ def test_threads_answer_as_one_after_another(method: str, family: str) -> None:
             assert reply == alone[which][0]
             if PROMPTS[which] != "row 2":  # which has no image: the last prefill is one before
                 assert kept == alone[which][1]
+
+
+@pytest.mark.parametrize("family", [FAMILY, "llava"])
+def test_an_importance_that_calls_the_model_itself(family: str) -> None:
+    model, _ = vlm.built(family)
+    batch, other = vlm.alone(family), vlm.row(family, 0)
+
+    def importance(tokens: VisualTokens) -> torch.Tensor:
+        if len(tokens.features) != other_tokens:
+            model(**other)
+        return tokens.features.float().norm(dim=-1)
+
+    other_tokens = int(vlm.whole(model, other).visual.sum())
+    with prune(model, "topk", 0.3, importance=lambda tokens: tokens.features.float().norm(dim=-1)) as handle:
+        right = model(**batch).logits
+    with prune(model, "topk", 0.3, importance=importance) as handle:
+        assert torch.equal(model(**batch).logits, right)
+        assert handle.last is not None and handle.last.tokens != other_tokens
+
+
+def test_the_last_prefill_is_that_of_the_thread_that_asks() -> None:
+    model, _ = vlm.built("llava")
+    with prune(model, "divprune", 0.3) as handle, ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: model(**vlm.alone("llava"))).result()
+        assert handle.last is not None  # this thread ran none
+        elsewhere = handle.last.length
+        model(**vlm.row("llava", 0))
+        assert handle.last.length != elsewhere
+        assert pool.submit(lambda: handle.last.length).result() == elsewhere
+    assert handle.last.length != elsewhere

@@ -34,7 +34,8 @@ class Pruner:
 
     Watched: the encoder (what images and videos there are, its attention), the base model's arguments (where their
     placeholders are), the language model's (to shorten them), for methods inside the LLM the layers from `layer + 1`
-    on, which see the shorter sequence, and the head, of which a caller may ask for certain logits and a loss. What is seen of a call is its thread's: see `Running`.
+    on, which see the shorter sequence, and the head, of which a caller may ask for certain logits and a loss. What is
+    seen of a call is its thread's: see `Running`.
     """
 
     def __init__(self, model: Any, family: Family, plan: Plan, layer: int, encoder_layer: int | None) -> None:
