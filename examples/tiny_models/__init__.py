@@ -15,6 +15,7 @@ LLaVA and LLaVA-NeXT. Importing this module lets their processors do without tha
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 from collections.abc import Sequence
@@ -68,6 +69,7 @@ _FAMILIES: list[TinyFamily] = [
     glm.Glm4vMoe(),
     glm.Glm46V(),
     gemma.Gemma3(),
+    gemma.Gemma4(),
     llava.LlavaNextVideo(),
     pixtral.Mistral3(),
     pixtral.LightOnOcr(),
@@ -94,28 +96,28 @@ REAL = ("llava", "qwen2_5_vl")
 WIDTHS = ("tiny", "real")
 
 
-def _without_video(family: TinyFamily) -> None:
-    """Let a processor's class do without its video part, in this process."""
-    kind, parts = getattr(transformers, family.processor), ["image_processor", *family.processor_parts(), "tokenizer"]
-    kind.get_attributes = classmethod(lambda cls: parts)
-    if len(parts) > 2:  # the others are given the parts in the order of the class, where the video comes last
-        make = kind.__init__
+def _without_video() -> None:
+    """Let the processors' classes do without their video part, in this process."""
+    make = ProcessorMixin.__init__
 
-        def without(  # Transformers reads the names of its arguments
-            self: ProcessorMixin,
-            image_processor: Any,
-            feature_extractor: Any,
-            tokenizer: Any,
-            chat_template: Any = None,
-        ) -> None:
-            make(self, image_processor, feature_extractor, tokenizer, tokenizer, chat_template=chat_template)
+    def without(self: ProcessorMixin, *parts: Any, **named: Any) -> None:
+        named = {name: part for name, part in named.items() if name != "video_processor"}
+        make(self, *(part for part in parts if part is not None), **named)
 
-        kind.__init__ = without
+    ProcessorMixin.__init__ = without
+    for family in TABLE.values():
+        kind = getattr(transformers, family.processor)
+        parts = [part for part in kind.get_attributes() if part != "video_processor"]
+        if parts == kind.get_attributes():
+            continue
+        kind.get_attributes = classmethod(lambda cls, parts=parts: parts)
+        arguments = inspect.signature(kind.__init__).parameters
+        if arguments["video_processor"].default is inspect.Parameter.empty:  # Gemma 4's comes last of what has none
+            kind.__init__.__defaults__ = (None, *(kind.__init__.__defaults__ or ()))
 
 
 if not is_torchvision_available():
-    for _family in {family.processor: family for family in TABLE.values() if family.video_processor}.values():
-        _without_video(_family)
+    _without_video()
 
 
 def build(
@@ -243,7 +245,13 @@ def randomize(model: nn.Module, silent: Sequence[int]) -> None:
         elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             nn.init.normal_(module.weight, std=1.5 / math.sqrt(module.weight[0].numel()))
         for name, parameter in module.named_parameters(recurse=False):
-            if name in ("class_embedding", "cls_token", "position_embeddings", "image_newline"):
+            if name in (
+                "class_embedding",
+                "cls_token",
+                "position_embeddings",
+                "position_embedding_table",
+                "image_newline",
+            ):
                 nn.init.normal_(parameter)
             elif name == "mm_input_projection_weight":  # [in, out]
                 nn.init.normal_(parameter, std=1.5 / math.sqrt(len(parameter)))
@@ -281,4 +289,5 @@ def make_processor(family: str, config: PreTrainedConfig, words: PreTrainedToken
     if kind.video_processor and is_torchvision_available():
         settings = kind.video_settings(images)
         options["video_processor"] = getattr(transformers, settings.pop("video_processor_type"))(**settings)
-    return getattr(transformers, kind.processor)(images, *kind.processor_parts().values(), words, **options)
+    parts = {"image_processor": images, "tokenizer": words} | kind.processor_parts()
+    return getattr(transformers, kind.processor)(**parts, **options)

@@ -44,7 +44,7 @@ class TinyFamily:
         return {}
 
     def processor_parts(self) -> dict[str, Any]:
-        """Of the processor, between that of images and the tokenizer."""
+        """Of the processor, by name, besides that of images and the tokenizer."""
         return {}
 
     def video_settings(self, images: Any) -> dict[str, Any]:

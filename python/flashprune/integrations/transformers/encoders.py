@@ -57,6 +57,14 @@ class Calls:
             query, key, cu_seqlens=cu_seqlens, scale=self.seen[0][2], pool=pool, backend=self.backend
         )
 
+    def filled_up(self, valid: Tensor) -> Tensor:
+        """`[T]` of a tower that encodes images filled up to one length; `valid`: bool `[images, n]`, T of them True."""
+        query, key, scale, _ = self.seen[0]
+        valid = valid.to(query.device)
+        cu_seqlens = functional.pad(valid.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        query, key = (one.transpose(1, 2)[valid] for one in (query, key))
+        return received_attention(query, key, cu_seqlens=cu_seqlens, scale=scale, backend=self.backend)
+
 
 def blocks(scores: Tensor, side: int) -> Tensor:
     """`[…, h, w]` summed over squares of `side`; at the lower and right edges by as much of a square as there is."""

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .base import Family
-from .gemma import Gemma3
+from .gemma import Gemma3, Gemma4
 from .glm import Glm4v
 from .internvl import InternVL
 from .llava import Llava, LlavaNext, LlavaNextVideo, LlavaOnevision
@@ -42,6 +42,7 @@ _families: list[type[Family]] = [
     VideoLlama3,
     VipLlava,
     Gemma3,
+    Gemma4,
 ]
 
 

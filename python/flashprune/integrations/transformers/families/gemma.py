@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..encoders import Calls
+from ..encoders import Calls, blocks
 from ..prefill import Cut
 from ..tokens import Item
 from .base import Family
@@ -27,8 +27,8 @@ class Gemma3(Llava):
         """What the patches of a token have received, together."""
         projector = base.multi_modal_projector
         side, kernel = projector.patches_per_image, projector.kernel_size
-        received = calls.tiles(patches=side * side, drop_cls=False).reshape(-1, 1, side, side)
-        return list((torch.nn.functional.avg_pool2d(received, kernel) * kernel**2).flatten(1))
+        received = calls.tiles(patches=side * side, drop_cls=False).reshape(-1, side, side)
+        return list(blocks(received, kernel).flatten(1))
 
     def default_layer(self, base: Any) -> int:
         return len(self.attention_modules(base)) - 1
@@ -47,14 +47,31 @@ class Gemma4(Family):
     model_types: ClassVar[tuple[str, ...]] = ("gemma4",)
 
     def items(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any) -> list[Item]:
-        side = base.config.vision_config.pooling_kernel_size
-        places = torch.as_tensor(arguments[f"{kind}_position_ids"])  # [images or frames, patches, (x, y)]; -1: padding
-        grids = [(h // side, w // side) for w, h in (places.amax(1) + 1).tolist()]
+        grids = self._grids(base, kind, arguments)
         if kind == "image":
             return [Item.of_planes(kind, [grid]) for grid in grids]
         queue = iter(grids)
         frames = torch.as_tensor(arguments["num_frames_per_video"]).tolist()
         return [Item.of_planes(kind, [next(queue) for _ in range(count)]) for count in frames]
+
+    def scores(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any, calls: Calls) -> list[Tensor]:
+        """What the patches of a token have received, together."""
+        places, side = arguments[f"{kind}_position_ids"], base.config.vision_config.pooling_kernel_size
+        valid = (places >= 0).all(-1)
+        received, first, scores = calls.filled_up(valid), 0, []
+        for here, taken, (h, w) in zip(places, valid, self._grids(base, kind, arguments), strict=True):
+            x, y = (here[taken].to(received.device) // side).unbind(1)
+            own = received[first : first + len(x)]
+            scores.append(received.new_zeros(h * w).index_add_(0, y * w + x, own))
+            first += len(x)
+        lengths = [len(item) for item in self.items(base, kind, arguments, output)]
+        return list(torch.cat(scores).split(lengths))
+
+    def _grids(self, base: Any, kind: str, arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Of each image or frame, tokens high and wide."""
+        side = base.config.vision_config.pooling_kernel_size
+        places = arguments[f"{kind}_position_ids"]  # [images or frames, patches, (x, y)], -1 to fill up
+        return [(h // side, w // side) for w, h in (places.amax(1) + 1).tolist()]
 
     def blocks(self, base: Any, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
         """Only in layers with a window, and only in the larger models."""
