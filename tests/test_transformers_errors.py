@@ -71,11 +71,15 @@ WRONG = [
         ValueError,
         "importance is not used by method='fastv', which uses the atten",
     ),
-    ({"method": "topk", "importance": "norm"}, ValueError, "importance must be 'received_attention' or a callable"),
+    (
+        {"method": "topk", "importance": "norm"},
+        ValueError,
+        "importance must be 'received_attention', 'text_relevance' or a callable",
+    ),
     (
         {"method": "topk", "importance": torch.ones(3)},
         ValueError,
-        "importance must be 'received_attention' or a callable",
+        "importance must be 'received_attention', 'text_relevance' or a callable",
     ),
     ({"method": "topk", "scorer": fp.VisionSelector(32, 8)}, ValueError, "width 32, the model's have 64"),
     ({"method": "topk", "scorer": torch.nn.Linear(64, 1)}, TypeError, "scorer must be a VisionSelector .*got Linear"),

@@ -26,7 +26,10 @@ Scorer = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Weights of a VisionSelector, for methods that need an importance.")
 ]
 Importance = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Else that of the vision encoder's attention: received_attention.")
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Else received_attention, the vision encoder's, or text_relevance, to the prompt."
+    ),
 ]
 Prior = Annotated[Path | None, typer.Option(metavar="FILE", help="D2Pruner's, from flashprune calibrate.")]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="Of PyTorch: cpu, cuda, cuda:1, …")]

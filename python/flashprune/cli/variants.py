@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 METHODS = ("divprune", "d2pruner", "fastv", "topk", "idpruner")  # where none is named
 KEEPS = ("0.5", "0.25", "0.1")
-ENCODER = "received_attention"  # the importance that needs no file
+ENCODER = "received_attention"
+IMPORTANCES = (ENCODER, "text_relevance")  # those that need no file
 
 
 def make(
@@ -28,7 +29,7 @@ def make(
 ) -> list[Variant]:
     """Every method at every keep, methods outermost. Lists may also have commas between.
 
-    Methods that need an importance before the LLM get the scorer's, else that of the encoder's attention.
+    Methods that need an importance before the LLM get the scorer's, else the named one, else the encoder's attention.
 
     Raises:
         InputError: an unknown method, a keep of nothing, a file that cannot be read or is of no use, no Transformers.
@@ -44,8 +45,8 @@ def make(
     for name in names:
         if name not in known:
             raise InputError(f"--method must be of {', '.join(known)}; got {name}")
-    if importance not in (None, ENCODER):
-        raise InputError(f"--importance must be {ENCODER}, got {importance}")
+    if importance not in (None, *IMPORTANCES):
+        raise InputError(f"--importance must be {' or '.join(IMPORTANCES)}, got {importance}")
     if scorer is not None and importance is not None:
         raise InputError("--scorer and --importance are two importances: give one")
     scored = [name for name in names if KNOWN[name].needs == "importance"]
@@ -59,7 +60,7 @@ def make(
         if scorer is not None:
             shared: dict[str, Any] = {"scorer": VisionSelector.from_checkpoint(scorer)}
         else:
-            shared = {"importance": ENCODER}
+            shared = {"importance": importance or ENCODER}
         settings |= {name: shared for name in scored}
         if prior is not None:
             settings["d2pruner"] = {"prior": read_prior(prior)}

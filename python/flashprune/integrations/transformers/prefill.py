@@ -69,7 +69,8 @@ class Prefill:
         flat = torch.cat([one.row * columns + one.columns for one in self.placed])
         flat_here = flat.to(hidden.device)
         with self.stopwatch.running(), torch.no_grad():
-            self.tokens.features = hidden.detach().flatten(0, 1)[flat_here]
+            self.tokens.hidden = hidden.detach()
+            self.tokens.features = self.tokens.hidden.flatten(0, 1)[flat_here]
             kept = self.plan.select(self.tokens, budgets)
         stays = self.attended.cumsum(1) > 0  # what is not padding on the left
         stays.flatten()[flat] = False

@@ -17,6 +17,7 @@ from .clip import CLIPRelevance
 from .families import Family, family_of
 from .prior import read_prior
 from .pruner import Pruner
+from .relevance import prompt_relevance
 from .report import Selection
 from .selection import METHODS, SCOPES, Plan, make_options, try_out
 from .tokens import VisualTokens
@@ -86,8 +87,9 @@ def prune(
     - The importance, where the method needs one before the LLM, is one of: `scorer`, a `VisionSelector` or a file with
       its weights; `importance="received_attention"`, from layer `encoder_layer` of the vision encoder (by default the
       one that makes the features; in Qwen2.5-VL its last with full attention): what CLS pays where there is a CLS,
-      else what each token receives; or `importance=callable`, which takes `VisualTokens` and returns one score a token.
-      For CDPruner's own importance, relevance to the prompt, see `CLIPRelevance`.
+      else what each token receives; `importance="text_relevance"`, `flashprune.text_relevance` of the visual tokens to
+      all text of their prompt, by the embeddings that enter the LLM; or `importance=callable`, which takes
+      `VisualTokens` and returns one score a token. For CDPruner's own importance, by CLIP, see `CLIPRelevance`.
     - `prior`: D2Pruner's positional prior, a file from `flashprune calibrate` or `[h, w]` maps; without it the
       attention stays biased, and a warning says so.
     - `backend`: as for every function of `flashprune`.
@@ -152,8 +154,8 @@ def _importance(
     if len(given) != 1:
         raise ValueError(
             f"method={method!r} needs one importance: scorer=, a VisionSelector or its weights' file; "
-            "importance='received_attention', from the vision encoder; or importance=callable; got "
-            + (" and ".join(given) or "none")
+            "importance='received_attention', from the vision encoder; importance='text_relevance', to the prompt; or "
+            "importance=callable; got " + (" and ".join(given) or "none")
         )
     if scorer is not None:
         return _scorer(scorer, family.language_model(base))
@@ -164,8 +166,10 @@ def _importance(
             raise ValueError(f"importance=CLIPRelevance needs {name}.packed(), which this family does not define")
     if callable(importance):
         return importance
+    if importance == "text_relevance":
+        return prompt_relevance
     if importance != "received_attention":
-        raise ValueError(f"importance must be 'received_attention' or a callable, got {importance!r}")
+        raise ValueError(f"importance must be 'received_attention', 'text_relevance' or a callable, got {importance!r}")
     return None
 
 

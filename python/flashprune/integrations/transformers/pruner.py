@@ -206,7 +206,8 @@ class Pruner:
         attended = (
             torch.ones(rows, columns, dtype=torch.bool) if mask is None else mask[:, -columns:].to("cpu", torch.bool)
         )
-        tokens = VisualTokens(embeds[:0, 0], segments(placed, self.plan.scope), forward.input_ids)
+        text = (kinds == -1) & attended
+        tokens = VisualTokens(embeds[:0, 0], segments(placed, self.plan.scope), forward.input_ids, text=text)
         prefill = Prefill(self.plan, placed, tokens, attended, mask, cache, Stopwatch(embeds.device))
         if prefill.budgets == tokens.lengths:
             self.last.note(prefill.selection(embeds))

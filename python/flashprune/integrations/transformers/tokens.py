@@ -81,13 +81,17 @@ class VisualTokens:
 
     `features`: `[T, D]`, what enters the LLM, or the hidden states where it is pruned inside; `segments`: the images,
     videos or prompts that they belong to, one after another; `input_ids`: `[B, L]`, or None where the model was given
-    embeddings; `attention`: `[T]`, what the last token of each prompt pays them, where the pruning is inside the LLM.
+    embeddings; `attention`: `[T]`, what the last token of each prompt pays them, where the pruning is inside the LLM;
+    `hidden`: `[B, L, D]`, all tokens of this pass where it is pruned; `text`: bool `[B, L]` on the CPU, which of them
+    are text, neither padding nor a placeholder.
     """
 
     features: Tensor
     segments: list[Segment]
     input_ids: Tensor | None = None
     attention: Tensor | None = None
+    hidden: Tensor | None = None
+    text: Tensor | None = None
 
     @property
     def lengths(self) -> list[int]:

@@ -48,12 +48,12 @@ class Family:
         return NotImplementedError(f"{type(self).__name__} defines no {name}(): see the families of flashprune")
 
     def kinds(self, base: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """int8 `[B, L]`: -1 for text, else the index of the placeholder's kind in `KINDS`."""
+        """int8 `[B, L]`: -1 for text, -2 for audio, else the index of the placeholder's kind in `KINDS`."""
         tokens = inputs_embeds if input_ids is None else input_ids
         if tokens is None:
             raise ValueError("the model was given neither input_ids nor inputs_embeds")
         kinds = torch.full(tokens.shape[:2], -1, dtype=torch.int8, device=tokens.device)
-        for index, kind in enumerate(KINDS):
+        for index, kind in [*enumerate(KINDS), (-2, "audio")]:
             token = getattr(base.config, f"{kind}_token_id", None)
             if token is not None:
                 if input_ids is None:  # as Transformers does it: a placeholder's embedding is like no other
