@@ -11,7 +11,6 @@ pytest.importorskip("transformers", minversion="5.19")
 
 import transformers
 from tests import vlm
-from transformers import StaticCache
 
 import flashprune as fp
 from flashprune.integrations.transformers import Family, Prior, families, prune, register_family, supported
@@ -203,29 +202,17 @@ def test_an_importance_that_does_not_fit(importance: Any, error: type[Exception]
     assert torch.equal(model(**batch).logits, before)
 
 
-def calls() -> dict[str, tuple[Any, str]]:
-    """Ways to call a pruned model that cannot be right, with the message of each."""
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+def test_a_four_dimensional_mask(method: str) -> None:
     model, _ = vlm.built(FAMILY)
     batch = vlm.alone(FAMILY)
     n = batch["input_ids"].shape[1]
-    static = StaticCache(config=model.config.get_text_config(), max_cache_len=200)
     square = torch.ones(1, 1, n, n, dtype=torch.bool)
-    return {
-        "static cache": ({"past_key_values": static}, "needs a cache that grows"),
-        "4D mask": ({"attention_mask": square}, rf"attention_mask must be \[B, L\].*got \[1, 1, {n}, {n}\]"),
-    }
-
-
-@pytest.mark.parametrize("method", ["divprune", "fastv"])
-@pytest.mark.parametrize("wrong", ["static cache", "4D mask"])
-def test_a_wrong_call_of_a_pruned_model(wrong: str, method: str) -> None:
-    model, _ = vlm.built(FAMILY)
-    batch = vlm.alone(FAMILY)
-    arguments, message = calls()[wrong]
+    positions = vlm.whole(model, batch).positions
     with prune(model, method, 0.3):
         right = model(**batch).logits
-        with pytest.raises(ValueError, match=message):
-            model(**{**batch, **arguments, "position_ids": vlm.whole(model, batch).positions})
+        with pytest.raises(ValueError, match=rf"attention_mask must be \[B, L\].*got \[1, 1, {n}, {n}\]"):
+            model(**{**batch, "attention_mask": square, "position_ids": positions})
         assert torch.equal(model(**batch).logits, right)
 
 

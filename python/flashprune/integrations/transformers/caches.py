@@ -68,15 +68,19 @@ class PrunedCache(Cache):
     pruned: Pruned  # set by `record`
     lent = False  # to a forward of a pruned model
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Tokens seen, pruned ones included: what positions count."""
         layer_idx = _counting(self, layer_idx)
-        seen = super().get_seq_length(layer_idx)
-        return seen + self.pruned.removed if seen and layer_idx >= self.pruned.first_layer else seen
+        held = super().get_seq_length(layer_idx)
+        if layer_idx < self.pruned.first_layer:
+            return held
+        if isinstance(held, Tensor):  # of a static cache, not to be waited for
+            return torch.where(held > 0, held + self.pruned.removed, held)
+        return held + self.pruned.removed if held else held
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
         """Columns held: what masks count."""
-        return length(self, layer_idx)
+        return super().get_seq_length(_counting(self, layer_idx))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         self._check_lent()
@@ -174,22 +178,28 @@ def length(cache: Any, layer: int) -> int:
     """Columns that a layer's cache holds; of a layer without columns, those of the next that has some."""
     if cache is None or layer >= len(cache.layers):
         return 0
-    return cache.layers[_counting(cache, layer)].get_seq_length()
+    return int(cache.layers[_counting(cache, layer)].get_seq_length())
 
 
-def columns(cache: Any, layer: int, mask: Tensor | None, rows: int, device: torch.device) -> Tensor:
-    """int64 `[B, held]`: which of the tokens seen a layer's cache holds; -1 for padding.
+def columns(cache: Any, layer: int, mask: Tensor | None, rows: int, device: torch.device, new: int = 0) -> Tensor:
+    """int64 `[B, held + new]`: which of the tokens seen, or new, a layer's cache will hold; -1 for padding.
 
-    `mask`: the caller's `[B, tokens seen + new]`, or None if it has no padding.
+    `mask`: the caller's `[B, tokens seen + new]`, or None if it has no padding. Of a static cache, whose masks are as
+    wide as it is from the start, with new tokens: `[B, all columns]`, without waiting to know how many it holds.
     """
-    before, held = pruned(cache), length(cache, layer)
+    before = pruned(cache)
     start, removed = (0, 0) if before is None else (before.columns.shape[1], before.removed)
-    found = torch.arange(removed, removed + held, device=device).repeat(rows, 1)
+    static = new > 0 and cache.is_compileable
+    width = cache.layers[_counting(cache, layer)].get_max_length() if static else length(cache, layer) + new
+    found = torch.arange(removed, removed + width, device=device).repeat(rows, 1)
     if before is not None:
         found[:, :start] = before.columns.to(device)
     if mask is not None:
-        since = mask[:, start + removed : held + removed].to(device, torch.bool)
-        found[:, start:].masked_fill_(~since, -1)
+        since = mask[:, start + removed : width + removed].to(device, torch.bool)
+        if not static and since.shape[1] < width - start:
+            wanted = [rows, width + removed]
+            raise ValueError(f"attention_mask must be {wanted}, of all tokens seen and new, got {list(mask.shape)}")
+        found[:, start : start + since.shape[1]].masked_fill_(~since, -1)
     return found
 
 
@@ -197,17 +207,6 @@ def padded(cache: Any, mask: Tensor | None) -> bool:
     """Whether some columns of a cache, and of new tokens, may be padding."""
     before = pruned(cache)
     return mask is not None or (before is not None and before.padded)
-
-
-def longer(cache: Any, layer: int, mask: Tensor | None, rows: int, new: int, device: torch.device) -> Tensor:
-    """int64 `[B, held + new]`: `columns`, and those of new tokens."""
-    past = columns(cache, layer, mask, rows, device)
-    before = pruned(cache)
-    seen = past.shape[1] + (0 if before is None else before.removed)
-    latest = torch.arange(seen, seen + new, device=device).repeat(rows, 1)
-    if mask is not None:
-        latest.masked_fill_(~mask[:, -new:].to(device, torch.bool), -1)
-    return torch.cat([past, latest], dim=1)
 
 
 def _counting(cache: Any, layer: int) -> int:

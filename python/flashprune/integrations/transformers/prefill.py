@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,11 +51,10 @@ class Prefill:
     stopwatch: Stopwatch
     cut: Cut | None = None  # set when tokens were chosen
     columns: Tensor | None = None  # int64 [B, held + L'], set when that was recorded: which of the tokens seen, or -1
+    past: int = field(init=False)  # tokens seen before this pass
 
-    @property
-    def past(self) -> int:
-        """Tokens seen before this pass."""
-        return 0 if self.cache is None else self.cache.get_seq_length()
+    def __post_init__(self) -> None:
+        self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
 
     @property
     def budgets(self) -> list[int]:
@@ -98,18 +97,17 @@ class Prefill:
         before = caches.pruned(self.cache)
         rows, device = len(cut.index), cut.index.device
         held = caches.columns(self.cache, first_layer, self.mask, rows, device)
-        seen = held.shape[1] + (0 if before is None else before.removed)
-        self.columns = columns = torch.cat([held, (cut.index + seen).masked_fill(~cut.valid, -1)], dim=1)
+        self.columns = columns = torch.cat([held, (cut.index + self.past).masked_fill(~cut.valid, -1)], dim=1)
         if self.cache is None:
             return columns >= 0
-        padded = cut.padded or (held.shape[1] > 0 and (self.mask is not None or (before is not None and before.padded)))
-        inner = torch.zeros(rows, seen + self.attended.shape[1], dtype=torch.bool, device=device)
+        padded = cut.padded or (held.shape[1] > 0 and caches.padded(self.cache, self.mask))
+        inner = torch.zeros(rows, self.past + self.attended.shape[1], dtype=torch.bool, device=device)
         if before is not None:
             inner[:, : before.inner.shape[1]] = before.inner.to(device)
         torn = self._torn()
         for row, first, end in torn:
-            inner[row, seen + first + 1 : seen + end] = True
-        tail = seen + max(end for _, _, end in torn)
+            inner[row, self.past + first + 1 : self.past + end] = True
+        tail = self.past + max(end for _, _, end in torn)
         caches.record(self.cache, caches.Pruned(first_layer, columns, padded, inner, tail))
         return columns >= 0 if padded else None
 

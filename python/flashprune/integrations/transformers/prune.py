@@ -96,7 +96,7 @@ def prune(
 
     Returns a `Handle`. Positions: kept tokens have those that they had, and so has all text, generated too. A batch may
     be padded on the left; outputs of a prefill are as long as the pruned sequence, while `labels` and `logits_to_keep`
-    count the columns of the prompts as given. Caches must grow (`DynamicCache`).
+    count the columns of the prompts as given. Caches may grow (`DynamicCache`) or be static.
 
     Raises TypeError or ValueError that name the argument, with the model as it was, for an unsupported model, one that
     is pruned already, an unknown method or option, a `keep` of nothing, an importance that is missing, superfluous or

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 
 from ...importance import query_attention
 from . import caches, masks
@@ -90,6 +91,8 @@ class Pruner:
         hooks.after(model, self._leave_model)
         hooks.before(model.get_output_embeddings(), self._enter_head)
         hooks.replace(model, "_loss_function", self._loss, model.loss_function)
+        make = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+        hooks.replace(model, "create_masks_for_generate", self._mask_for_generate, make)
 
     # What the encoder delivers
 
@@ -145,6 +148,21 @@ class Pruner:
         asked = self._running.asked
         return compute(*args, **kwargs) if asked is None else asked.loss(compute, *args, **kwargs)
 
+    def _mask_for_generate(
+        self,
+        make: Callable[..., Any],
+        *,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        is_first_iteration: bool,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        """For static caches generate makes the masks itself: not here, where only the language model can tell them."""
+        if attention_mask is None or is_first_iteration:
+            return attention_mask
+        more = past_key_values.get_max_length() - attention_mask.shape[1]
+        return pad(attention_mask, (0, more), value=1)  # one shape for all steps, for torch.compile
+
     def _check_served(self, *_: Any) -> None:
         if self._running.asked is not None:
             self._running.asked.check_served()
@@ -195,8 +213,8 @@ class Pruner:
         embeds, mask, cache = kwargs["inputs_embeds"], self._mask(forward, kwargs), kwargs.get("past_key_values")
         if cache is None and kwargs.get("use_cache", self.language_model.config.use_cache) is not False:
             cache = kwargs["past_key_values"] = DynamicCache(config=self.language_model.config)
-        if getattr(cache, "is_compileable", False):
-            raise ValueError("a pruned model needs a cache that grows, such as DynamicCache: static ones do not fit")
+        if cache is not None and cache.is_compileable and any(cache.is_sliding):
+            raise ValueError("a static cache with sliding-window layers does not fit a pruned model: use DynamicCache")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"attention_mask must be [B, L] for a pruned model, got {got}")
@@ -226,7 +244,7 @@ class Pruner:
         if cache is None or before is None:
             return
         embeds, mask = kwargs["inputs_embeds"], self._mask(forward, kwargs)
-        columns = caches.longer(cache, before.first_layer, mask, len(embeds), embeds.shape[1], embeds.device)
+        columns = caches.columns(cache, before.first_layer, mask, len(embeds), embeds.device, embeds.shape[1])
         padded = caches.padded(cache, mask)
         if before.first_layer == 0:
             kwargs["attention_mask"] = self._masks(
@@ -285,8 +303,8 @@ class Pruner:
         prefill = None if decoding is None else decoding.prefill
         if decoding is None or prefill is None:
             return
-        columns = prefill.attended.shape[1]
-        past = key.shape[2] - columns
+        columns, past = prefill.attended.shape[1], prefill.past
+        key = key[:, :, : past + columns]  # all that a static cache holds yet
         seen = None if prefill.mask is None else prefill.mask[:, :past].to("cpu", torch.bool)
         rows = [one.row for one in prefill.placed]
         with prefill.stopwatch.running(), torch.no_grad():
