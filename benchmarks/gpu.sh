@@ -71,10 +71,10 @@ skip() {
 # that were built elsewhere and brought along, if any.
 if [ -e python/flashprune/libflashprune_cuda.so ] && ! command -v "${CUDACXX:-nvcc}" /usr/local/cuda/bin/nvcc >/dev/null; then
   skip build "no nvcc: with the libraries that are there"
-elif "$python" -c 'import cmake, ninja, pybind11, setuptools' 2>/dev/null; then
+elif "$python" -c 'import cmake, ninja, setuptools' 2>/dev/null; then
   run build "$python" -m pip install --no-build-isolation --no-deps --editable .
 else
-  skip build "no cmake, ninja, pybind11 and setuptools: without native code"
+  skip build "no cmake, ninja and setuptools: without native code"
 fi
 if ! "$python" -c 'import flashprune.triton_kernels' 2>/dev/null; then
   site=$(mktemp -d)

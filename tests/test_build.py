@@ -34,7 +34,9 @@ def source_tree(tmp_path: Path) -> Path:
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, tree)
     for name in ("python", "triton_kernels", "benchmarks", "csrc"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"))
+        shutil.copytree(
+            ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "*.json", "__pycache__", "*.egg-info")
+        )
     return tree
 
 
@@ -95,7 +97,6 @@ def images(library: bytes) -> set[str]:
 @needs_cuda_library
 def test_cuda_library_holds_every_architecture_that_the_facts_name():
     names = FACTS["cuda_architectures"]
-    assert {"sm_80", "sm_90a", "sm_100", "sm_120", "compute_120"} <= set(names)
     assert images((PACKAGE / "libflashprune_cuda.so").read_bytes()) == {name.rstrip("a") for name in names}
 
 
@@ -157,8 +158,42 @@ def test_nvcc_of_the_environment_is_asked_its_version(
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert setup_script["find_nvcc"]() == (str(nvcc) if answer == release else None, answer)
-    monkeypatch.setenv("FLASHPRUNE_CUDA", "0")
-    assert setup_script["find_nvcc"]() == (None, "FLASHPRUNE_CUDA=0")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "architectures", "missing"),
+    [
+        ("", "", [], "no GPU in the machine that built it"),
+        ("", "8.6\n9.0\n8.9\n", ["80-real", "90a-real"], ""),
+        ("", "7.5\n", [], "no kernels for compute capability 7.5"),
+        ("0", "9.0\n", [], "FLASHPRUNE_CUDA=0"),
+        ("all", "", ["80-real", "90a-real", "100-real", "120"], ""),
+        ("90a,120", "8.0\n", ["90a-real", "120-real"], ""),
+    ],
+)
+def test_the_machine_or_the_environment_says_for_which_gpus(
+    setup_script: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    wanted: str,
+    gpus: str,
+    architectures: list[str],
+    missing: str,
+):
+    (tmp_path / "answer").write_text(gpus)
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n[ $1 = --query-gpu=compute_cap ] && cat {tmp_path}/answer\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("FLASHPRUNE_CUDA", wanted)
+    assert setup_script["wanted_architectures"]() == (architectures, missing)
+
+
+def test_an_unknown_architecture_stops_the_build_with_one_sentence(
+    setup_script: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("FLASHPRUNE_CUDA", "75,80")
+    with pytest.raises(SystemExit, match="FLASHPRUNE_CUDA must be all, 0 or a list of 80, 90a, 100, 120, got '75,80'"):
+        setup_script["wanted_architectures"]()
 
 
 @pytest.mark.parametrize("environment", [{"CXX": "/nonexistent/c++ -O2"}, {"PATH": "/nonexistent", "CXX": ""}])
@@ -176,13 +211,14 @@ def test_no_compiler_stops_the_build_with_one_sentence(source_tree: Path, enviro
 
 
 def test_pure_wheel_holds_every_module_and_no_library(source_tree: Path):
-    (source_tree / "python" / "flashprune" / "libflashprune_cpu.so").write_text("left over from another build")
+    for name in ("libflashprune_cpu.so", "build_facts.json"):
+        (source_tree / "python" / "flashprune" / name).write_text("left over from another build")
     result = run_setup(source_tree, "-q", "bdist_wheel", FLASHPRUNE_NATIVE="0", CXX="/nonexistent/c++")
     assert result.returncode == 0, result.stderr
     (wheel,) = (source_tree / "dist").glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
-    assert not {name for name in held if name.endswith((".so", ".cpp", ".cu"))}
+    assert not {name for name in held if name.endswith((".so", ".cpp", ".cu", ".json"))}
 
     modules = {path.relative_to(source_tree / "python") for path in (source_tree / "python").rglob("*.py")}
     for folder in ("triton_kernels", "benchmarks"):

@@ -1,5 +1,5 @@
-// flashprune._emulation: the CUDA kernels on the host emulation, on NumPy arrays, for the tests. One file an op beside
-// this one binds it.
+// flashprune._emulation: the CUDA kernels on the host emulation, and the CPU engine's arithmetic, on NumPy arrays, for
+// the tests. One file an op beside this one binds it.
 #include "emulation/module.h"
 
 PYBIND11_MODULE(_emulation, m) {

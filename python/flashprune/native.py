@@ -7,6 +7,7 @@ reasons that are kept here.
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,8 @@ def build_facts() -> dict[str, Any]:
         >>> isinstance(native.build_facts(), dict)
         True
     """
-    try:
-        from flashprune import _build
-    except ImportError:
-        return {}
-    return _build.facts()
+    facts = _PACKAGE / "build_facts.json"
+    return json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
 
 
 def device_facts(device: torch.device | str | int | None = None) -> dict[str, int]:
@@ -124,7 +122,10 @@ def _load_cpu() -> str:
 def _load_cuda() -> str:
     missing = build_facts().get("cuda_missing")
     if missing is not None:
-        return f"not built ({missing}): reinstall flashprune where the CUDA toolkit, 12.8 or later, is found"
+        return (
+            f"not built ({missing}): reinstall flashprune where the CUDA toolkit, 12.8 or later, is found, "
+            "with FLASHPRUNE_CUDA=all for every GPU"
+        )
     # The library refers to symbols that only a CUDA build of torch has.
     if (_PACKAGE / "libflashprune_cuda.so").exists() and torch.version.cuda is None:
         return f"built, but torch {torch.__version__} has no CUDA: install a CUDA build of torch"

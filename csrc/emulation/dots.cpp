@@ -1,56 +1,19 @@
-// flashprune._build: the facts of the build, for `flashprune info` and for bug reports, and the arithmetic of each
-// instruction set on NumPy arrays, for the tests. The operators themselves are registered by the libraries, which do
-// not depend on Python; this module does.
-
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// The CPU engine's arithmetic, by each instruction set, on NumPy arrays.
 #include <algorithm>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "emulation/module.h"
 #include "flashprune/rows.h"
 
-namespace py = pybind11;
-
+namespace flashprune::emulation {
 namespace {
 
-std::vector<std::string> split(const std::string& names) {
-  std::vector<std::string> out;
-  std::istringstream stream(names);
-  for (std::string name; std::getline(stream, name, ',');) out.push_back(name);
-  return out;
-}
-
-py::object or_none(const std::string& text) {
-  if (text.empty()) return py::none();
-  return py::str(text);
-}
-
-py::dict facts() {
-  py::dict facts;
-  facts["version"] = FLASHPRUNE_VERSION;
-  facts["system"] = FLASHPRUNE_SYSTEM;
-  facts["compiler"] = FLASHPRUNE_COMPILER;
-  facts["instruction_sets"] = split(FLASHPRUNE_INSTRUCTION_SETS);
-  facts["torch"] = FLASHPRUNE_TORCH_VERSION;
-  facts["torch_target"] = "2.11";
-  facts["nvcc"] = or_none(FLASHPRUNE_NVCC_VERSION);
-  facts["cuda_architectures"] = split(FLASHPRUNE_CUDA_ARCHITECTURES);
-  facts["cuda_missing"] = or_none(FLASHPRUNE_CUDA_MISSING);
-  return facts;
-}
-
-using flashprune::DType;
-using flashprune::Kernels;
-using flashprune::RowBuffer;
 using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
 
 const Kernels& table(const std::string& name) {
-  for (const Kernels* kernels : flashprune::runnable_kernels()) {
+  for (const Kernels* kernels : runnable_kernels()) {
     if (name == kernels->name) return *kernels;
   }
   throw std::invalid_argument("instruction set '" + name + "' does not run here");
@@ -58,7 +21,7 @@ const Kernels& table(const std::string& name) {
 
 std::vector<std::string> runnable() {
   std::vector<std::string> names;
-  for (const Kernels* kernels : flashprune::runnable_kernels()) names.push_back(kernels->name);
+  for (const Kernels* kernels : runnable_kernels()) names.push_back(kernels->name);
   return names;
 }
 
@@ -87,18 +50,16 @@ Floats dots(const std::string& isa, const Floats& a, const Floats& b) {
 }
 
 Floats widen(const std::string& isa, const py::array_t<uint16_t, py::array::c_style>& bits, const std::string& dtype) {
-  std::vector<float> padded(size_t(flashprune::row_stride(bits.size())));
+  std::vector<float> padded(size_t(row_stride(bits.size())));
   table(isa).load(bits.data(), dtype == "float16" ? DType::kFloat16 : DType::kBFloat16, bits.size(), padded.data());
   return Floats(bits.size(), padded.data());
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_build, m) {
-  m.doc() = "Facts of this build of flashprune.";
-  m.def("facts", &facts,
-        "A new dict of the build's facts: compiler, instruction sets, torch, nvcc, CUDA architectures.");
+const Binding binding([](py::module_& m) {
   m.def("runnable", &runnable, "Instruction sets of this build that this processor runs, fastest first.");
   m.def("dots", &dots, "Products of the rows of a [m, d] and b [n, d], float32, by the given instruction set.");
   m.def("widen", &widen, "float32 of the bits of float16 or bfloat16 numbers, by the given instruction set.");
-}
+});
+
+}  // namespace
+}  // namespace flashprune::emulation
