@@ -12,7 +12,7 @@ STARTED := $(shell date +%s)
 # Says what is going on, after how many seconds.
 SAY = @printf '==== %s (at %d s)\n' $(1) $$(( $$(date +%s) - $(STARTED) ))
 
-.PHONY: help demo test bench lint build wheel install clean
+.PHONY: help demo test bench docs lint build wheel install clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make bench   time everything beside the published loops, into bench/: about ten minutes"
 	@echo "make lint    check format, lint and types"
+	@echo "make docs    the documentation, into build/site"
 	@echo "make build   set up and build only"
 	@echo "make install  into the environment of python3, with its PyTorch"
 	@echo "make wheel   the wheel of this platform, into dist/"
@@ -43,6 +44,11 @@ lint: $(VENV)/installed $(VENV)/linters
 	$(BIN)/mypy
 	$(BIN)/codespell benchmarks csrc docs examples hub python tests triton_kernels *.md *.py
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+# Strict: a broken link or a name that is not there fails.
+docs: $(VENV)/installed $(VENV)/site-tools
+	$(BIN)/mkdocs build --quiet
+	@echo "build/site/index.html"
 
 build: $(VENV)/installed
 
@@ -118,6 +124,10 @@ wheel: $(VENV)/requirements
 install:
 	$(or $(PYTHON),python3) -m pip install 'setuptools>=77' wheel cmake ninja 'torch>=2.11'
 	$(or $(PYTHON),python3) -m pip install --no-build-isolation .
+
+$(VENV)/site-tools: $(VENV)/requirements
+	$(PIP) --quiet mkdocs-material mkdocstrings-python
+	@touch $@
 
 $(VENV)/linters: $(VENV)/requirements
 	$(PIP) --quiet ruff mypy clang-format codespell

@@ -151,7 +151,9 @@ def mis_select(
         similarity: ``cosine``, or ``half_cosine`` for (1 + cosine) / 2.
         proximity: ``chebyshev`` (1 within ``radius``, else 0), ``gaussian`` (exp(-d² / 2 sigma²)) or ``linear``
             (1 - d / diagonal of the segment's box); 0 between tokens further apart in t than ``temporal_radius``.
-        radius, sigma, temporal_radius: see ``proximity``; in grid cells and frames.
+        radius: of ``chebyshev``, in grid cells.
+        sigma: of ``gaussian``, in grid cells.
+        temporal_radius: frames (steps of t) over which tokens can be near.
         pivots: how many of the most important are kept beforehand and stand outside the graph; for packed input also
             one int a segment.
         pivots_suppress: let pivots strike their neighbours.
