@@ -72,6 +72,11 @@ def say(model: Any, cache: Any, given: vlm.Whole, tokens: list[int]) -> torch.Te
     return model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache).logits
 
 
+def reply(model: Any, batch: Any, tokens: int, **more: Any) -> Any:
+    lengths = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+    return model.generate(**batch, **more, **lengths, do_sample=False, return_dict_in_generate=True, output_logits=True)
+
+
 def check(found: torch.Tensor, given: vlm.Whole, kept: list[list[int]], method: str, tokens: list[int]) -> None:
     """The logits after each token are those of the kept tokens alone."""
     for row, own in enumerate(kept):
@@ -116,6 +121,47 @@ def test_a_turn_is_rolled_back_and_another_asked(family: str, method: str, which
         cache.crop(10_000)
         cache.crop(-len(tokens))
     assert [caches.length(cache, layer) for layer in range(4)] == held
+
+
+@both
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_question_is_asked_again_by_generate(family: str, method: str) -> None:
+    model, processor = vlm.built(family)
+    batch = vlm.three(family)
+    given = vlm.whole(model, batch)
+    questions = [processor.tokenizer(text, return_tensors="pt")["input_ids"] for text in (" And the colour?", " Why")]
+    with pruned(model, method) as handle:
+        first = reply(model, batch, 3)
+        kept = [vlm.kept_columns(handle.last, row) for row in range(3)]
+        cache, seen = first.past_key_values, first.past_key_values.get_seq_length()
+        for question in questions:
+            ids = torch.cat([first.sequences, question.expand(3, -1)], dim=1)
+            mask = torch.ones_like(ids)
+            mask[:, : batch["input_ids"].shape[1]] = batch["attention_mask"]
+            found = reply(model, {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}, 4)
+            for row in range(3):
+                said = found.sequences[row, given.ids.shape[1] :].tolist()
+                right = vlm.logits(given, row, kept[row], vlm.first_pruned(method), said[:-1])[-4:]
+                torch.testing.assert_close(torch.stack(found.logits, 1)[row], right, atol=TOLERANCE, rtol=0)
+            cache.crop(seen - cache.get_seq_length())
+
+
+def test_windows_that_kept_what_a_crop_needs() -> None:
+    model, _ = vlm.built("gemma3")
+    batch = vlm.alone("gemma3")
+    with pruned(model, "divprune"):
+        first = reply(model, batch, 3)
+        cache, seen = first.past_key_values, first.past_key_values.get_seq_length()
+        with pytest.raises(RuntimeError, match="Call `activate_past_recording` before"):
+            cache.crop(-1)
+        cache.activate_past_recording()
+        ids = torch.cat([first.sequences, torch.tensor([[7, 9]])], dim=1)
+        turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+        replies = []
+        for _ in range(2):
+            replies.append(torch.stack(reply(model, turn, 4, past_key_values=cache).logits))
+            cache.crop(seen - cache.get_seq_length())
+    assert torch.equal(*replies)
 
 
 @both

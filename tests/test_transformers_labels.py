@@ -252,6 +252,25 @@ def test_a_head_that_is_not_called_is_told(monkeypatch: pytest.MonkeyPatch) -> N
             model(**batch, logits_to_keep=torch.tensor([-1]))
 
 
+def test_the_balancing_loss_of_experts() -> None:
+    """It counts the tokens that are left; a mask of the prompts as given does not fit these."""
+    model, _ = vlm.built("qwen3_vl_moe")
+    batch = vlm.alone("qwen3_vl_moe")
+    labels = text_labels(vlm.whole(model, batch))
+    loose = {name: one for name, one in batch.items() if name != "attention_mask"}
+    asked = {"labels": labels, "output_router_logits": True}
+    with pruned(model, "divprune") as handle:
+        output = model(**loose, **asked)
+        assert {len(one) for one in output.router_logits} == {handle.last.length[1]}
+        plain = model(**loose, labels=labels).loss
+        share = model.config.text_config.router_aux_loss_coef * output.aux_loss
+        torch.testing.assert_close(output.loss, plain + share)
+        with pytest.raises(ValueError, match="output_router_logits with attention_mask does not fit"):
+            model(**batch, **asked)
+        text = vlm.row("qwen3_vl_moe", 2)
+        assert model(**text, output_router_logits=True).aux_loss.isfinite()
+
+
 DOCS = Path(__file__).parent.parent / "docs" / "transformers.md"
 
 

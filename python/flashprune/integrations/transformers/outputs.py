@@ -23,8 +23,9 @@ class Asked:
     looked up when its hidden states enter the head; an int counts from the end, where text is.
     """
 
-    def __init__(self, call: dict[str, Any]) -> None:
+    def __init__(self, model: Any, call: dict[str, Any]) -> None:
         self.prefill: Prefill | None = None  # of this call, once it was shortened
+        self._model, self._call = model, call
         self._logits_to_keep: Any = call.get("logits_to_keep", 0)
         self._whole = not isinstance(self._logits_to_keep, Tensor) and self._logits_to_keep == 0
         if isinstance(self._logits_to_keep, Tensor):
@@ -37,12 +38,24 @@ class Asked:
     def states(self, states: Tensor) -> Tensor:
         """Of `[B, L', D]` on its way into the head, what was asked for."""
         wanted, cut = self._logits_to_keep, self._cut
+        if cut is not None:
+            self._check_experts()
         if isinstance(wanted, Tensor):
             self._logits_to_keep = 0
             return _at(states, wanted.to(states.device), cut)
         if self.prefill is not None and not self._whole:
             self.prefill.check_tail(wanted)
         return states
+
+    def _check_experts(self) -> None:
+        wanted = self._call.get("output_router_logits")
+        if wanted is None:
+            wanted = getattr(self._model.config.get_text_config(), "output_router_logits", False)
+        if wanted and self._call.get("attention_mask") is not None:
+            raise ValueError(
+                "output_router_logits with attention_mask does not fit a pruned sequence: the experts' balancing loss "
+                "takes the mask of the prompts as given; leave out the mask if nothing is padded, or the router logits"
+            )
 
     def check_served(self) -> None:
         """RuntimeError if positions were asked for and the head was not seen."""

@@ -136,8 +136,8 @@ class Pruner:
 
     # What the model is called with
 
-    def _enter_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        self._running.asked = Asked(kwargs)
+    def _enter_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        self._running.asked = Asked(model, kwargs)
         return args, kwargs
 
     def _enter_head(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
