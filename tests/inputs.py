@@ -171,6 +171,11 @@ def _odd_features(features: Tensor, importance: Tensor) -> None:
     features[4::6] *= 1e-30  # the norm underflows float32
 
 
+def _tiny_features(features: Tensor, importance: Tensor) -> None:
+    """Squared norms from far below the smallest normal float to well above."""
+    features *= 10.0 ** torch.linspace(-24, -17, len(features)).roll(1)[:, None]
+
+
 def _opposite(features: Tensor, importance: Tensor) -> None:
     features[1::2] = -features[0::2][: len(features[1::2])]
 
@@ -191,6 +196,7 @@ ADVERSARIAL: dict[str, Callable[[Tensor, Tensor], None]] = {
     "one ulp": _one_ulp,
     "odd scores": _odd_scores,
     "odd features": _odd_features,
+    "tiny features": _tiny_features,
     "zero rows": lambda features, importance: features[::2].zero_(),
     "all zero": lambda features, importance: (features.zero_(), importance.zero_()),
     "opposite": _opposite,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import flashprune as fp
 from inputs import BY_NAME, DISTANCES, VARIANTS, Variant, exact, gaussian, operator
@@ -64,6 +66,62 @@ def test_one_graph(variant: Variant, layout: str) -> None:
 
     expected = features.flatten(0, -2)[variant.select(features, importance, k, backend="cpu", **more)] + 1
     assert torch.equal(compiled(prune)(features, importance), expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+@pytest.mark.parametrize("layout", ["batch", "packed"])
+def test_public_selectors_on_fake_and_meta_tensors(variant: Variant, layout: str) -> None:
+    shape, k, cu_seqlens = LAYOUTS[layout]
+    tensors = gaussian(*shape)
+    more = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+    real = variant.select(*tensors, k, **more)
+    with FakeTensorMode() as mode:
+        fake = variant.select(*map(mode.from_tensor, tensors), k, **{n: mode.from_tensor(x) for n, x in more.items()})
+    found = [fake]
+    for backend in ("auto", "reference"):
+        on_meta = {name: x.to("meta") for name, x in more.items()}
+        with torch.device("meta"):  # for the variant's positions
+            found.append(variant.select(*(x.to("meta") for x in tensors), k, backend=backend, **on_meta))
+        assert found[-1].device.type == "meta"
+    for picks in found:
+        assert (picks.shape, picks.dtype) == (real.shape, real.dtype)
+
+
+@pytest.mark.parametrize("select", [fp.evs_select, fp.vidcom2_select])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_videos_on_meta_tensors(select: Callable[..., Tensor], backend: str) -> None:
+    picks = select(torch.empty(32, 8, device="meta"), (2, 4, 4), 1, 0.5, backend=backend)
+    assert (picks.shape, picks.dtype, picks.device.type) == ((16,), torch.int64, "meta")
+
+
+@pytest.mark.parametrize("name", ["topk", "mmr", "mis-banded"])
+@pytest.mark.parametrize("layout", ["batch", "packed"])
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_traces_the_public_selectors(name: str, layout: str, mode: str) -> None:
+    variant = BY_NAME[name]
+    shape, k, cu_seqlens = LAYOUTS[layout]
+    tensors = (*gaussian(*shape), *([] if cu_seqlens is None else [cu_seqlens]))
+
+    def prune(features: Tensor, importance: Tensor, *packed: Tensor) -> Tensor:
+        more = {"cu_seqlens": packed[0]} if packed else {}
+        return features.flatten(0, -2)[variant.select(features, importance, k, **more)]
+
+    assert torch.equal(make_fx(prune, tracing_mode=mode)(*tensors)(*tensors), prune(*tensors))
+
+
+@every_variant
+@pytest.mark.parametrize("fake", [False, True])
+def test_operators_refuse_tensors_on_several_devices(variant: Variant, fake: bool) -> None:
+    operands = variant.operands(*gaussian(90, 16), [9, 0, 40], CU)
+    names = [argument.name for argument in operator(variant.method).default._schema.arguments]
+    tensors = [at for at, x in enumerate(operands) if isinstance(x, Tensor)]
+    for moved in tensors:
+        with FakeTensorMode() if fake else nullcontext() as mode:
+            mixed = [mode.from_tensor(x) if fake and isinstance(x, Tensor) else x for x in operands]
+            mixed[moved] = mixed[moved].to("meta")
+            wrong = tensors[1] if moved == 0 else moved
+            with pytest.raises(ValueError, match=f"^{names[wrong]} must be on the device of {names[0]}, "):
+                operator(variant.method)(*mixed)
 
 
 @pytest.mark.parametrize("name", ["mmr", "mis-banded"])

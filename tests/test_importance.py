@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -242,6 +243,17 @@ def test_opcheck(case):
     torch.library.opcheck(operator, args)
 
 
+@pytest.mark.parametrize("case", OPERATOR_CASES)
+def test_tensors_on_several_devices_are_refused(case):
+    operator, args = OPERATOR_CASES[case]()
+    names = [argument.name for argument in operator.default._schema.arguments]
+    for moved, x in enumerate(args):
+        if moved and isinstance(x, torch.Tensor):
+            mixed = [*args[:moved], x.to("meta"), *args[moved + 1 :]]
+            with pytest.raises(ValueError, match=f"^{names[moved]} must be on the device of query, cpu, got meta"):
+                operator(*mixed)
+
+
 def test_compiled_attention_is_the_eager_one():
     query, key = random_qk(2, 112, heads=4, kv_heads=2)
     patches, _ = random_qk(112, 112, seed=1)
@@ -316,6 +328,55 @@ def test_soft_topk_sums_to_the_share(n, ratio):
         for row, seen in zip(offset.reshape(-1, n), clear.reshape(-1, n), strict=True):
             if seen.any():
                 assert float(row[seen].max() - row[seen].min()) < 1e-6
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_minmax_of_the_widest_scores(packed):
+    scores = torch.tensor([-3e38, 3e38, 0.0, 1e38])
+    spans = torch.tensor([0, 4], dtype=torch.int32) if packed else None
+    expected = torch.tensor([0.0, 1.0, 0.5, 2 / 3])
+    torch.testing.assert_close(fp.minmax(scores, cu_seqlens=spans), expected, rtol=1e-6, atol=0)
+    picks = fp.idpruner(torch.eye(4), scores, 2, cu_seqlens=spans, sort=False)
+    assert picks.tolist() == [1, 3]
+
+
+def test_soft_topk_of_the_widest_scores():
+    torch.testing.assert_close(fp.soft_topk(torch.full((4,), -3e38), 0.5), torch.full((4,), 0.5))
+
+
+def arithmetic():
+    """Every function of importance, each with float32 and with bfloat16 inputs, by name."""
+    query, key = random_qk(3, 48, kv_heads=2)
+    patches, more = random_qk(48, 48, seed=1)
+    scores, embeds, texts = torch.randn(48), torch.randn(48, 32), torch.randn(2, 32)
+    scorer, spans = fp.VisionSelector(32, 16).requires_grad_(False), torch.tensor([0, 16, 48], dtype=torch.int32)
+    calls = {
+        "text_relevance": (fp.text_relevance, embeds, texts),
+        "VisionSelector": (scorer, embeds),
+        "VisionSelector-packed": (lambda x: scorer(x, cu_seqlens=spans), embeds),
+        "soft_topk": (lambda x: fp.soft_topk(x, 0.25), scores),
+        "minmax": (fp.minmax, scores),
+        "debias": (fp.debias, scores, scores.exp()),
+        "resize_prior": (lambda x: fp.importance.resize_prior(x, (6, 8), (3, 5)), scores),
+        "hopkins": (lambda x: torch.tensor(fp.metrics.hopkins(x, torch.arange(0, 48, 3))), embeds),
+    }
+    for backend in BACKENDS:
+        calls[f"query_attention-{backend}"] = (partial(fp.query_attention, backend=backend), query, key)
+        calls[f"received_attention-{backend}"] = (partial(fp.received_attention, backend=backend), patches, more)
+        calls[f"mmr_select-{backend}"] = (partial(fp.mmr_select, k=9, backend=backend), embeds, scores)
+    return calls
+
+
+@pytest.mark.parametrize("name", arithmetic())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_around_a_call_changes_nothing(name, dtype):
+    function, *inputs = arithmetic()[name]
+    inputs = [x.to(dtype) for x in inputs]
+    expected = function(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = function(*inputs)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
 
 
 def test_soft_topk_at_its_limits():

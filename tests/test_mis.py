@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import flashprune as fp
+from flashprune import grids
 from inputs import VARIANTS, chain, dyadic, exact, gaussian, raster, signs
 
 MIS = [variant for variant in VARIANTS if variant.method == "mis"]
@@ -187,3 +188,19 @@ def test_similarity_alone_ignores_a_grid(backend: str) -> None:
     features, importance = gaussian(24, 8)
     with_grid = fp.mis_select(features, importance, 9, threshold=0.3, grid=(4, 6), backend=backend)
     assert torch.equal(with_grid, fp.mis_select(features, importance, 9, threshold=0.3, backend=backend))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_lattice_is_made_once_for_each_grid(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments may be a hundred thousand."""
+    made, lattice = [], grids.lattice
+    monkeypatch.setattr(grids, "lattice", lambda sides, device: made.append(sides) or lattice(sides, device))
+    few = [(2, 3), (3, 2)] * 50
+    bounds = torch.arange(0, 601, 6, dtype=torch.int32) if packed else None
+    tokens = torch.empty(600) if packed else torch.empty(100, 6)
+    for grid in ((2, 3), few):
+        found = grids.token_positions(tokens, grid, None, bounds)
+        each = few if grid is few else [grid] * 100
+        expected = torch.cat([lattice((1, *sides), tokens.device) for sides in each]).view(*tokens.shape, 3)
+        assert torch.equal(found, expected)
+    assert sorted(made) == [(1, 2, 3), (1, 2, 3), (1, 3, 2)]

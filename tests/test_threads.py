@@ -51,6 +51,30 @@ def test_ragged_batches_share_the_threads() -> None:
     assert torch.equal(fp.maxmin_select(features, ks, cu_seqlens=bounds, sort=False, backend="cpu"), alone)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_callers_flushing_of_subnormals_changes_nothing(threads: int) -> None:
+    """Squares of these rows are subnormal, their norms are not."""
+    torch.set_num_threads(threads)
+    features, importance = INPUTS[0] * 1e-20 * (1 + torch.arange(600)[:, None] / 60), INPUTS[1] / 16
+
+    def select() -> list[torch.Tensor]:
+        native = fp.mmr_select(features, importance, 150, sort=False, backend="cpu")
+        return [native, fp.reference.mmr_select(features, importance, 9, sort=False)]
+
+    expected = select()
+    fp.testing.check_selection("mmr", features, importance, picks=expected[0]).raise_if_bad()
+    assert not torch.equal(expected[0], fp.topk_select(importance, 150, sort=False))  # not all are zero rows
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush")
+    try:
+        flushed = select()
+        product = torch.tensor(1e-25) * 1e-15
+    finally:
+        torch.set_flush_denormal(False)
+    assert product == 0  # the caller's own arithmetic stays flushed
+    assert all(torch.equal(a, b) for a, b in zip(flushed, expected, strict=True))
+
+
 def test_calls_at_once() -> None:
     torch.set_num_threads(2)
     alone = select()

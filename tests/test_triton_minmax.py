@@ -40,7 +40,7 @@ def check(scores: Tensor, device: torch.device, cu_seqlens: Tensor | None = None
 
 def odd(n: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    special = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-42, 6e4])
+    special = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-42, 6e4, -3e38, 3e38])
     chosen = special[torch.randint(len(special), (n,), generator=generator)]
     return torch.where(torch.rand(n, generator=generator) < 0.3, chosen, torch.randn(n, generator=generator))
 

@@ -74,6 +74,28 @@ def test_opcheck_of_importance(name: str, device: torch.device) -> None:
     torch.library.opcheck(operator(name.split("-")[0]), importance_cases(device)[name], test_utils=checks)
 
 
+@pytest.mark.parametrize("name", [*importance_cases(torch.device("cpu")), *(f"{name}_select" for name in NAMES)])
+def test_tensors_on_several_devices_are_refused(
+    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the operator, where a meta tensor decides that nothing runs, and by what comes before a launch."""
+    if name.endswith("_select"):
+        variant = BY_NAME[name.removesuffix("_select")]
+        arguments = list(variant.operands(*gaussian(12, 16), [3, 0, 2], torch.tensor([0, 7, 7, 12], dtype=torch.int32)))
+        op = operator(f"{variant.method}_select")
+    else:
+        arguments, op = list(importance_cases(device)[name]), operator(name.split("-")[0])
+    launched = []
+    monkeypatch.setattr(triton_ops, "_launcher", lambda op: lambda *arguments: launched.append(op))
+    for at, x in enumerate(arguments):
+        if at and isinstance(x, torch.Tensor):
+            mixed = [*arguments[:at], x.to("meta"), *arguments[at + 1 :]]
+            for call in (op, triton_ops._implementation(op._qualified_op_name.split("::")[1])):
+                with pytest.raises(ValueError, match=r"must be on the device of \w+, .*, got meta"):
+                    call(*mixed)
+    assert launched == []
+
+
 @each_importance
 def test_importance_in_one_graph(name: str, device: torch.device) -> None:
     op, arguments = operator(name.split("-")[0]), importance_cases(device)[name]

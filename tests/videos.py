@@ -56,11 +56,16 @@ def _odd_rows(x: Tensor) -> None:
     x[4::6] *= 1e-30
 
 
+def _tiny_rows(x: Tensor) -> None:
+    x *= 10.0 ** torch.linspace(-24, -17, len(x))[:, None]
+
+
 ADVERSARIAL: dict[str, Callable[[Tensor], object]] = {
     "zero": lambda x: x.zero_(),
     "nan": lambda x: x.fill_(math.nan),
     "zero rows": lambda x: x[::2].zero_(),
     "odd rows": _odd_rows,
+    "tiny rows": _tiny_rows,
     "one token": lambda x: x.copy_(x[:1].expand_as(x)),
     "one value": lambda x: x.fill_(0.1),
     "two tokens": lambda x: x.copy_(x[torch.arange(len(x)) % 2]),

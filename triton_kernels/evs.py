@@ -12,16 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .similarity import ROWS, strided_rows
+from .similarity import ROWS, inverse_norm, strided_rows
 from .topk import topk_select
 from .variants import Variant, variants_of
-
-
-@triton.jit
-def inverse_norm(squared):
-    """1 / norm from its square; 0 where that is zero or not finite."""
-    valid = (squared > 0) & (squared < float("inf"))  # false for NaN too
-    return tl.where(valid, tl.div_rn(1.0, tl.sqrt_rn(tl.where(valid, squared, 1.0))), 0.0)
 
 
 @triton.jit

@@ -37,12 +37,12 @@ def minmax_kernel(
         low = tl.minimum(low, tl.where(finite, scores, float("inf")))
         high = tl.maximum(high, tl.where(finite, scores, -float("inf")))
     lowest = tl.min(low, 0)
-    span = tl.max(high, 0) - lowest + 1e-6
+    span = tl.max(high, 0) * 0.5 - lowest * 0.5 + 0.5e-6  # of halves, which do not overflow
     for at in range(0, n, BLOCK):
         offs = at + tl.arange(0, BLOCK)
         scores = tl.load(scores_ptr + offs.to(tl.int64) * stride_n, mask=offs < n, other=0.0).to(tl.float32)
         finite = tl.abs(scores) < float("inf")
-        scaled = tl.div_rn(scores - lowest, tl.zeros_like(scores) + span)
+        scaled = tl.div_rn(scores * 0.5 - lowest * 0.5, tl.zeros_like(scores) + span)
         tl.store(out_ptr + offs, tl.where(finite, scaled, scores), mask=offs < n)
 
 

@@ -76,6 +76,13 @@ def segment_bounds(cu_ptr, segment, T):
 
 
 @triton.jit
+def inverse_norm(squared):
+    """1 / norm from its square; 0 where that is below the smallest normal float, or not finite."""
+    valid = (squared >= 1.1754943508222875e-38) & (squared < float("inf"))  # false for NaN too
+    return tl.where(valid, tl.div_rn(1.0, tl.sqrt_rn(tl.where(valid, squared, 1.0))), 0.0)
+
+
+@triton.jit
 def inverse_norms_kernel(
     x_ptr,
     out_ptr,
@@ -96,9 +103,7 @@ def inverse_norms_kernel(
         mask = mask_n[:, None] & (start + offs_d < D)[None, :]
         x = tl.load(x_ptr + rows[:, None] + (start + offs_d)[None, :], mask=mask, other=0.0).to(tl.float32)  # [BN, BD]
         squares += x * x
-    norms = tl.sqrt_rn(tl.sum(squares, 1))
-    valid = (norms > 0) & (norms < float("inf"))  # false for NaN too
-    tl.store(out_ptr + offs_n, tl.where(valid, tl.div_rn(1.0, tl.where(valid, norms, 1.0)), 0.0), mask=mask_n)
+    tl.store(out_ptr + offs_n, inverse_norm(tl.sum(squares, 1)), mask=mask_n)
 
 
 @triton.jit

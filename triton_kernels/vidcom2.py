@@ -16,8 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .evs import inverse_norm
-from .similarity import strided_rows
+from .similarity import inverse_norm, strided_rows
 from .topk import topk_select
 from .variants import Variant, variants_of
 

@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <cfenv>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -20,10 +21,28 @@ struct Pool {
   // As many as the system gives; the work gets done with any number.
   void grow(int threads) {
     try {
-      for (; size < threads; ++size) std::thread([this, helper = size] { team.help(helper); }).detach();
+      for (; size < threads; ++size)
+        std::thread([this, helper = size] {
+          std::fesetenv(FE_DFL_ENV);  // a new thread has its maker's
+          team.help(helper);
+        }).detach();
     } catch (const std::system_error&) {
     }
   }
+};
+
+// Arithmetic by the book while it lives, subnormal numbers included: a caller's torch.set_flush_denormal holds for its
+// own thread alone, and the team has to agree.
+class DefaultArithmetic {
+ public:
+  DefaultArithmetic() {
+    std::fegetenv(&callers_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultArithmetic() { std::fesetenv(&callers_); }
+
+ private:
+  std::fenv_t callers_;
 };
 
 // Never destroyed: helpers sleep in it until the process ends.
@@ -49,6 +68,7 @@ void run_serially(int tasks, const std::function<void(int)>& body) {
 }
 
 void with_threads(int threads, const std::function<void(const ParallelFor&)>& work) {
+  const DefaultArithmetic arithmetic;
   if (threads <= 1) return work({1, run_serially});
   Pool& here = pool();
   const std::unique_lock<std::mutex> lead(here.leader, std::try_to_lock);

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, operators
 
 _BLOCK = 1 << 19  # attention weights held at a time: 2 MiB of float32, about what a core's L2 cache holds
 
@@ -83,6 +83,11 @@ def visual_means(
 
 def column_means(query: Tensor, key: Tensor, scale: float, lse: Tensor | None) -> Tensor:
     """`[L]`: mean over R rows and H heads of the softmax over L keys. query `[R,H,d]`, key `[L,Hkv,d]`, lse `[H,R]`."""
+    with checks.without_autocast(query):
+        return _column_means(query, key, scale, lse)
+
+
+def _column_means(query: Tensor, key: Tensor, scale: float, lse: Tensor | None) -> Tensor:
     rows, heads, _ = query.shape
     keys, kv_heads, _ = key.shape
     group = heads // max(kv_heads, 1)
@@ -153,8 +158,7 @@ _library.impl("query_attention", query_attention_cpu, "CPU")
 _library.impl("received_attention", received_attention_cpu, "CPU")
 
 
-@torch.library.register_fake("flashprune::query_attention", lib=_library)
-def _query_attention_fake(
+def _query_attention_shape(
     query: Tensor,
     key: Tensor,
     scale: float,
@@ -167,8 +171,7 @@ def _query_attention_fake(
     return query.new_empty((*query.shape[:-3], visual_count(key, visual, span)), dtype=checks.working_dtype(query))
 
 
-@torch.library.register_fake("flashprune::received_attention", lib=_library)
-def _received_attention_fake(
+def _received_attention_shape(
     query: Tensor,
     key: Tensor,
     cu_seqlens: Tensor | None,
@@ -180,3 +183,7 @@ def _received_attention_fake(
     eps: float,
 ) -> Tensor:
     return query.new_empty((*query.shape[:-3], query.shape[-3] // pool), dtype=checks.working_dtype(query))
+
+
+operators.register_shape("flashprune::query_attention", _query_attention_shape, _library)
+operators.register_shape("flashprune::received_attention", _received_attention_shape, _library)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -23,6 +26,12 @@ Grid = tuple[int, int] | tuple[int, int, int]
 def working_dtype(x: Tensor) -> torch.dtype:
     """The precision a selection computes in: float64 for float64 features, float32 for everything else."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside, operations on the device of ``x`` keep the precision of their inputs, whatever autocast is around."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def no_grad(**tensors: Tensor) -> None:
@@ -72,6 +81,18 @@ def per_token(name: str, x: Tensor, like: Tensor, like_name: str = "features") -
 def same_device(name: str, x: Tensor, like: Tensor, like_name: str = "features") -> None:
     if x.device != like.device:
         raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {x.device}")
+
+
+def one_device(op: Any, arguments: Sequence[Any]) -> None:
+    """All tensors of a direct call of an operator are on the device of the first, fake and meta ones included."""
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    device = tensors[0].device
+    if all(x.device == device for x in tensors):
+        return
+    names = [argument.name for argument in op._schema.arguments]
+    (first, _), *others = ((n, x) for n, x in zip(names, arguments, strict=False) if isinstance(x, Tensor))
+    for name, x in others:
+        same_device(name, x, tensors[0], first)
 
 
 def budgets(k: Any, features: Tensor, cu_seqlens: Tensor | None, name: str = "features") -> list[int]:
@@ -125,8 +146,10 @@ def check_bounds(bounds: list[int], total: int) -> None:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the values of ``x`` can be read for free: no device to wait for, no graph being traced."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether the values of ``x`` can be read for free: no device to wait for, no graph being traced, no fake."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not isinstance(x, FakeTensor) and get_proxy_mode() is None
 
 
 def per_segment(name: str, value: Any, segments: int) -> list[int]:

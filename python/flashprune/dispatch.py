@@ -57,11 +57,12 @@ def resolve(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
 
     ``"auto"`` takes the fastest that can; where that is only the reference it warns, once for each reason. Any other
     name is taken at its word: RuntimeError if that backend is not ready, ValueError if it does not take such tensors.
-    ``"cuda"`` has its wide stages in Triton, so for those the answer is ``"triton"``.
+    ``"cuda"`` has its wide stages in Triton, so for those the answer is ``"triton"``. So it is for meta tensors under
+    ``"auto"``: nothing runs, and those operators are registered in every installation.
     """
     checks.choice("backend", backend, BACKENDS)
     if backend == "auto":
-        backend = _automatic(op, device, dtype)
+        backend = "triton" if device.type == "meta" else _automatic(op, device, dtype)
     else:
         _insist(backend, op, device, dtype)
     return "triton" if backend == "cuda" and op in WIDE else backend

@@ -41,11 +41,13 @@ def token_positions(
     else:
         raise ValueError(f"grid must be one grid or one a segment, expected {segments}, got {len(grid)}")
     _check_tokens(sides, tokens, cu_seqlens)
-    if tokens.ndim == 2 and len(set(sides)) == 1:
-        return lattice(sides[0], tokens.device).expand(*tokens.shape, 3)
+    lattices = {side: lattice(side, tokens.device) for side in set(sides)}  # segments may be many, their grids few
+    if len(lattices) == 1:
+        (only,) = lattices.values()
+        return only.expand(len(sides), *only.shape).reshape(*tokens.shape, 3)
     if not sides:
         return torch.empty(*tokens.shape, 3, dtype=torch.int32, device=tokens.device)
-    return torch.cat([lattice(side, tokens.device) for side in sides]).view(*tokens.shape, 3)
+    return torch.cat([lattices[side] for side in sides]).view(*tokens.shape, 3)
 
 
 def lattice(sides: tuple[int, int, int], device: torch.device) -> Tensor:

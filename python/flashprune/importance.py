@@ -183,8 +183,9 @@ def minmax(scores: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
     same device). Equal scores give zeros. Minimum and maximum are those of the finite scores, so that one overflow does
     not erase a whole image; NaN and infinite scores stay what they are.
 
-    Returns the shape of `scores`, float32 (float64 for float64 scores). No host synchronisation; on a GPU with
-    Triton one launch, unless a gradient is wanted.
+    Returns the shape of `scores`, float32 (float64 for float64 scores), whatever their range: differences are taken of
+    halves, which do not overflow. No host synchronisation; on a GPU with Triton one launch, unless a gradient is
+    wanted.
 
     Source: IDPruner (arXiv 2602.13315), Algorithm 1.
 
@@ -215,7 +216,7 @@ def minmax(scores: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         empty = scores.new_zeros(cu_seqlens.shape[0] - 1)
         low = empty.scatter_reduce(0, segment, low, "amin", include_self=False)[segment]
         high = empty.scatter_reduce(0, segment, high, "amax", include_self=False)[segment]
-    scaled = (scores - low) / (high - low + 1e-6)
+    scaled = (scores / 2 - low / 2) / (high / 2 - low / 2 + 0.5e-6)
     return torch.where(finite, scaled, scores)
 
 
@@ -257,10 +258,10 @@ def soft_topk(scores: Tensor, ratio: float) -> Tensor:
     share = math.log(target / n) - math.log1p(-target / n)
     low, high = share - scores.amax(-1, keepdim=True), share - scores.amin(-1, keepdim=True)
     for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
+        middle = low / 2 + high / 2
         short = torch.sigmoid(scores + middle).sum(-1, keepdim=True) < target
         low, high = torch.where(short, middle, low), torch.where(short, high, middle)
-    return torch.sigmoid(scores + (low + high) / 2)
+    return torch.sigmoid(scores + (low / 2 + high / 2))
 
 
 def check_query_attention(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .reference.segments import unit_rows
 
 _BLOCK = 1024  # rows a similarity product holds at a time, so that memory stays O(N)
 _REFERENCES = ("tokens", "box")
@@ -74,23 +75,19 @@ def hopkins(features: Tensor, indices: Tensor, *, reference: str = "tokens", see
     else:
         low, high = features.amin(0), features.amax(0)
         uniform = torch.rand(count, features.shape[1], generator=generator)
-        points = low + (high - low) * uniform.to(features)
-    kept = _directions(features[indices])
+        points = 2 * torch.lerp(low / 2, high / 2, uniform.to(features))  # a difference of halves does not overflow
+    kept = unit_rows(features[indices])
     apart = _nearest(kept, kept, exclude_self=True)
-    away = _nearest(_directions(points), kept, exclude_self=False)
+    away = _nearest(unit_rows(points), kept, exclude_self=False)
     return away / (away + apart) if away + apart > 0 else float("nan")
-
-
-def _directions(rows: Tensor) -> Tensor:
-    norms = rows.norm(dim=1, keepdim=True)
-    return torch.where((norms > 0) & norms.isfinite(), rows / norms, 0.0)
 
 
 def _nearest(points: Tensor, kept: Tensor, *, exclude_self: bool) -> float:
     """Sum over `points` of the cosine distance to the nearest of `kept`."""
     total = 0.0
     for start in range(0, points.shape[0], _BLOCK):
-        cosine = points[start : start + _BLOCK] @ kept.T
+        with checks.without_autocast(kept):
+            cosine = points[start : start + _BLOCK] @ kept.T
         if exclude_self:
             cosine.diagonal(start).fill_(-float("inf"))
         total += float((1 - cosine.amax(1)).clamp_min(0).sum(dtype=torch.float64))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import native
+from . import checks, native
 
 
 def namespace(backend: str) -> Any:
@@ -16,19 +17,19 @@ def namespace(backend: str) -> Any:
     return torch.ops.flashprune_triton if backend == "triton" else torch.ops.flashprune
 
 
-def _indices(tokens: Tensor, k: list[int], cu_seqlens: Tensor | None) -> Tensor:
-    """An empty result for ``tokens [N]``, ``[B, N]`` or packed ``[T]``."""
+def indices(tokens: Tensor, k: list[int], cu_seqlens: Tensor | None) -> Tensor:
+    """A result, not filled, for ``tokens [N]``, ``[B, N]`` or packed ``[T]``."""
     if cu_seqlens is not None:
         return tokens.new_empty(sum(k), dtype=torch.int64)
     return tokens.new_empty((*tokens.shape[:-1], k[0]), dtype=torch.int64)
 
 
 def _topk(scores: Tensor, k: list[int], cu_seqlens: Tensor | None, sort: bool) -> Tensor:
-    return _indices(scores, k, cu_seqlens)
+    return indices(scores, k, cu_seqlens)
 
 
 def _mmr(features: Tensor, importance: Tensor, k: list[int], cu_seqlens: Tensor | None, *settings: Any) -> Tensor:
-    return _indices(importance, k, cu_seqlens)
+    return indices(importance, k, cu_seqlens)
 
 
 def _mis(
@@ -39,15 +40,15 @@ def _mis(
     cu_seqlens: Tensor | None,
     *settings: Any,
 ) -> Tensor:
-    return _indices(importance, k, cu_seqlens)
+    return indices(importance, k, cu_seqlens)
 
 
 def _maxmin(features: Tensor, k: list[int], cu_seqlens: Tensor | None, *settings: Any) -> Tensor:
-    return _indices(features[..., 0], k, cu_seqlens)
+    return indices(features[..., 0], k, cu_seqlens)
 
 
 def _dpp(features: Tensor, relevance: Tensor, k: list[int], cu_seqlens: Tensor | None, *settings: Any) -> Tensor:
-    return _indices(relevance, k, cu_seqlens)
+    return indices(relevance, k, cu_seqlens)
 
 
 def _evs(features: Tensor, frames: int, k: int, sort: bool) -> Tensor:
@@ -69,6 +70,19 @@ SHAPES: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def register_shape(op: str, shape: Callable[..., Tensor], lib: torch.library.Library | None = None) -> None:
+    """The implementation of ``namespace::operator`` on fake and meta tensors, which may hide a tensor elsewhere."""
+    name, _, operator = op.partition("::")
+    overload = getattr(getattr(torch.ops, name), operator).default
+
+    @functools.wraps(shape)
+    def fake(*arguments: Any) -> Tensor:
+        checks.one_device(overload, arguments)
+        return shape(*arguments)
+
+    torch.library.register_fake(op, fake, lib=lib)
+
+
 def _has_kernel(op: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"flashprune::{op}", "CUDA")
 
@@ -77,7 +91,7 @@ CUDA_KERNELS: frozenset[str] = frozenset()  # operators that the CUDA library im
 if native.load():
     CUDA_KERNELS = frozenset(filter(_has_kernel, SHAPES))
     for _op, _shape in SHAPES.items():
-        torch.library.register_fake(f"flashprune::{_op}", _shape)
+        register_shape(f"flashprune::{_op}", _shape)
 
 
 def missing_kernel(op: str) -> str:

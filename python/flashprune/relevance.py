@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional
 
 from . import checks
+from .reference.segments import unit_rows
 
 
 def text_relevance(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
@@ -13,7 +13,7 @@ def text_relevance(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
 
     `s_i = -(mean over text embeddings of cosine(image_i, text))`, scaled to about 1e-6..1 by `(s - min + 1e-6) / (max -
     min)`; equal scores give ones. The sign, which prefers patches whose embedding points away from the text's, is the
-    official code's. A row whose norm is zero has cosine 0 to all.
+    official code's. A row without a direction (`flashprune.selectors`) has cosine 0 to all.
 
     `image_embeds`: floating `[N, C]`, of the tokens of one image or prompt; `text_embeds`: floating `[M, C]`, one
     embedding a text, or a piece of a text longer than the text encoder takes.
@@ -37,8 +37,9 @@ def text_relevance(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         raise ValueError(f"text_embeds must be {wanted}, got {checks.shape(text_embeds)}")
     checks.same_device("text_embeds", text_embeds, image_embeds, "image_embeds")
     dtype = checks.working_dtype(image_embeds)
-    text = functional.normalize(text_embeds.to(dtype), dim=-1).mean(0)
-    scores = -(functional.normalize(image_embeds.to(dtype), dim=-1) @ text)
+    text = unit_rows(text_embeds.to(dtype)).mean(0)
+    with checks.without_autocast(image_embeds):
+        scores = -(unit_rows(image_embeds.to(dtype)) @ text)
     if scores.numel() == 0:
         return scores
     low, high = scores.aminmax()

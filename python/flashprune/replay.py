@@ -17,7 +17,11 @@ Bounds, with eps of the working precision (float32: 2**-23) and D features:
   The reference stays below two thirds of this on random, correlated and low-rank features. Spent tokens are judged
   alike: within the bound of DPP_RANK_TOL a token may count either way.
 
-Rows whose squared norm comes near the underflow of the working precision are outside these bounds.
+Products of elements of tiny rows are subnormal, all with one absolute error: those of a row whose squared norm is s,
+above the limit where it counts as zero, move its cosines by up to D * eps * tiny / s, with tiny the smallest normal
+number; the bounds of a segment have that of its smallest row added. Whether a row counts as zero is decided by its
+squared norm in the working precision: within that one's rounding of either limit, underflow or overflow, a backend may
+decide otherwise than a replay.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .reference.segments import DPP_RANK_TOL, nearness, ranked, valid_rows
+from .reference.segments import DPP_RANK_TOL, nearness, norms, ranked, valid_rows
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,14 @@ class Finding:
 
 def cosine_bound(features: Tensor) -> float:
     """How far a cosine computed in the precision of ``features [N, D]`` may be off."""
-    return (math.sqrt(features.shape[-1]) + 8) * torch.finfo(features.dtype).eps
+    return (math.sqrt(features.shape[-1]) + 8) * torch.finfo(features.dtype).eps + underflow_bound(features)
+
+
+def underflow_bound(features: Tensor) -> float:
+    """What of it is due to products that are subnormal."""
+    info, lengths = torch.finfo(features.dtype), norms(features).double()
+    least = float(torch.where(lengths > 0, lengths, math.inf).min()) if len(lengths) else math.inf
+    return features.shape[-1] * info.eps * info.tiny / least**2
 
 
 def topk(picks: Tensor, scores: Tensor, *, sort: bool) -> Iterator[Finding]:
@@ -86,6 +97,7 @@ def maxmin(picks: Tensor, features: Tensor) -> Iterator[Finding]:
 
 def dpp(picks: Tensor, features: Tensor, relevance: Tensor) -> Iterator[Finding]:
     unit, eps, weights = _units(features), torch.finfo(features.dtype).eps, relevance.double()
+    underflow = underflow_bound(features)
     rounded = torch.where(valid_rows(features), relevance * relevance, 0.0).double()  # may overflow, as in a selection
     diagonal = torch.where(rounded.isfinite() & (rounded > 0), weights * weights, rounded)
     gains, floor = diagonal.clone(), DPP_RANK_TOL * diagonal
@@ -94,7 +106,7 @@ def dpp(picks: Tensor, features: Tensor, relevance: Tensor) -> Iterator[Finding]
     mix = torch.zeros_like(factor)  # how the picks express each token, scaled by the picks' relevance
     for step, pick in enumerate(picks.tolist()):
         spread = (mix[:step] ** 2).sum(0).sqrt()
-        inner = (math.sqrt(features.shape[-1]) / 8 + math.sqrt(step) / 8 + 2) * eps
+        inner = (math.sqrt(features.shape[-1]) / 8 + math.sqrt(step) / 8 + 2) * eps + underflow
         errors = (2 + math.sqrt(step)) * eps * diagonal + inner * spread * (2 * weights.abs() + spread)
         errors = torch.where(gains.isfinite(), errors.nan_to_num(math.inf), 0.0)
         fresh = alive & (gains - errors > floor)  # not spent by any rounding
@@ -280,8 +292,8 @@ def _judge(
 def _units(features: Tensor) -> Tensor:
     """Unit rows in float64; which rows are valid is decided in the features' own precision, as in a selection."""
     wide = features.double()
-    norms = (wide * wide).sum(-1, keepdim=True).sqrt()
-    return torch.where(valid_rows(features)[:, None], wide / norms, 0.0)
+    lengths = (wide * wide).sum(-1, keepdim=True).sqrt()
+    return torch.where(valid_rows(features)[:, None], wide / lengths, 0.0)
 
 
 def _columns(unit: Tensor, picks: Tensor) -> Iterator[Tensor]:

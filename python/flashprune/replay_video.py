@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .reference import video
 from .reference.segments import ranked
-from .replay import Finding, _in_order, _same_set, _units, cosine_bound
+from .replay import Finding, _in_order, _same_set, _units, cosine_bound, underflow_bound
 
 CHANNEL_SETS = 64  # tried at most where variances are too close to tell
 
@@ -60,6 +60,7 @@ def _channel_sets(features: Tensor) -> Iterator[Tensor]:
     finite = variances < limits.max  # false for NaN too
     variances = torch.where(finite, variances, math.inf)
     errors = torch.where(finite, (math.sqrt(len(features)) + 8) * limits.eps * spread, 0.0)
+    errors = errors + 4 * limits.eps * limits.tiny  # where they are subnormal
     chosen, others = ranked(-variances).tensor_split([count])
     low, high = variances - errors, variances + errors
     least = low[others].min() if len(others) else math.inf
@@ -72,7 +73,7 @@ def _channel_sets(features: Tensor) -> Iterator[Tensor]:
 def _by_frame(picks: Tensor, features: Tensor, frames: int, keep: float) -> list[Finding]:
     """Within a frame the least similar are taken; over the frames, those beyond a budget only if they must be."""
     eps, unit = torch.finfo(features.dtype).eps, _units(features).view(frames, -1, features.shape[1])
-    bound = (32 + math.sqrt(features.shape[1]) / 4) * eps
+    bound = (32 + math.sqrt(features.shape[1]) / 4) * eps + 32 * underflow_bound(features)
     to_video = video.closeness(unit, unit.mean((0, 1)))
     similarity = to_video + video.closeness(unit, unit.mean(1, keepdim=True))
     places = unit.shape[1]

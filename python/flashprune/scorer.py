@@ -68,10 +68,11 @@ class VisionSelector(nn.Module):
                 raise ValueError(f"features must be packed [T, D] when cu_seqlens is given, got {got}")
             checks.check_cu_seqlens(cu_seqlens, features)
             mean = torch.segment_reduce(x, "mean", offsets=cu_seqlens, unsafe=not checks.readable(cu_seqlens))
-        m = nn.functional.linear(mean, w_k, b_k) * self.hidden**-0.5  # [..., hidden]
-        direction, offset = m @ w_q, m @ b_q  # [..., D], [...]
-        if cu_seqlens is None:
-            return (x @ direction.unsqueeze(-1)).squeeze(-1) + offset.unsqueeze(-1)
+        with checks.without_autocast(x):
+            m = nn.functional.linear(mean, w_k, b_k) * self.hidden**-0.5  # [..., hidden]
+            direction, offset = m @ w_q, m @ b_q  # [..., D], [...]
+            if cu_seqlens is None:
+                return (x @ direction.unsqueeze(-1)).squeeze(-1) + offset.unsqueeze(-1)
         positions = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
         segment = torch.searchsorted(cu_seqlens[1:], positions, right=True)
         return (x * direction[segment]).sum(-1) + offset[segment]

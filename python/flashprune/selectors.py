@@ -8,7 +8,9 @@ Common to all of them:
 - The result is int64: ``[k]``; ``[B, k]``, indices within each item; or ``[sum of k]``, packed positions segment by
   segment. Ascending, or with ``sort=False`` in the order picked.
 - Exactly k distinct tokens are chosen whatever the data. Every choice takes the higher score, then the lower index; NaN
-  scores count as -inf. A row whose norm is zero or not finite has cosine 0 to every row.
+  scores count as -inf.
+- A row has no direction, and so cosine 0 to every row, where its squared norm is not finite or below the smallest
+  normal number of the precision worked in, 1.18e-38 in float32.
 - ``backend`` is ``auto`` (from the tensors' device), ``cpu``, ``reference``, ``triton`` or ``cuda``.
 """
 
@@ -201,7 +203,8 @@ def maxmin_select(
 ) -> Tensor:
     """Greedy max-min diversity: always the token farthest from everything already taken.
 
-    Distance is 1 - cosine; the first pick is the token whose nearest other token is farthest.
+    Distance is 1 - cosine; the first pick is the token whose nearest other token is farthest. Where nothing is left but
+    copies of tokens taken, distances are rounding noise, and which copy comes first may differ from backend to backend.
     Source: DivPrune (arXiv 2503.02175) and its published code.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention, operators
+from . import attention, checks, operators
 
 _SCHEMAS = {
     "topk_select": "(Tensor scores, int[] k, Tensor? cu_seqlens, bool sort) -> Tensor",
@@ -101,7 +101,10 @@ def _launcher(op: str) -> Callable[..., Tensor]:
 
 
 def _implementation(op: str) -> Callable[..., Tensor]:
+    overload = getattr(torch.ops.flashprune_triton, op).default
+
     def launch(*arguments: Any) -> Tensor:
+        checks.one_device(overload, arguments)
         with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device; no effect for a CPU tensor
             return _launcher(op)(*arguments)
 
@@ -111,7 +114,7 @@ def _implementation(op: str) -> Callable[..., Tensor]:
 _library = torch.library.Library("flashprune_triton", "DEF")
 for _op, _schema in _SCHEMAS.items():
     _library.define(_op + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"flashprune_triton::{_op}", _SHAPES[_op], lib=_library)
+    operators.register_shape(f"flashprune_triton::{_op}", _SHAPES[_op], _library)
 for _op in KERNELS:
     _library.impl(_op, _implementation(_op), "CUDA")
     if os.environ.get("TRITON_INTERPRET") == "1":  # Triton's own switch: kernels then run on CPU tensors, for tests

@@ -2,8 +2,8 @@
 
 The contract of vLLM, SGLang and TensorRT-LLM: for `thw`, `merge` and `q` the number kept is
 `budget(N, 1 - q, rule="evs" | "vidcom2", tokens_per_frame=...)`, whatever the data, and `indices_to_mask(picks, N)` is
-their retention mask. Both selectors work in float32, whatever the features' type; a row whose norm is zero or not
-finite has cosine 0 to all, and counts as a zero row. No host synchronisation on a GPU.
+their retention mask. Both selectors work in float32, whatever the features' type; a row without a
+direction (`flashprune.selectors`) has cosine 0 to all, and counts as a zero row. No host synchronisation on a GPU.
 """
 
 from __future__ import annotations

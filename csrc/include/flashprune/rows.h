@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -41,6 +42,11 @@ class RowBuffer {
   std::unique_ptr<float, Free> data_;
 };
 
+// 0 where the squared norm is not finite or below the smallest normal float, where its rounding would show.
+inline float inverse_norm(float squared) {
+  return squared >= FLT_MIN && std::isfinite(squared) ? 1.0f / std::sqrt(squared) : 0.0f;
+}
+
 // features [N, D] of one segment. The pair's cosine is the dot product of two rows that `load` wrote.
 class Rows {
  public:
@@ -58,14 +64,14 @@ class Rows {
   // Writes row i as it is.
   void read(int i, float* out) const { kernels().load(data_ + i * stride_bytes_, dtype_, d_, out); }
 
-  // Writes row i divided by its norm; zeros where the norm is zero or not finite. Safe for different i at once.
+  // Writes row i divided by its norm; zeros where inverse_norm is 0. Safe for different i at once.
   void load(int i, float* out) {
     const Kernels& kernel = kernels();
     read(i, out);
     if (inverse_norm_[i] < 0.0f) {
       float squared;
       kernel.dots(&out, 1, &out, 1, d_, &squared, 1);
-      inverse_norm_[i] = squared > 0.0f && std::isfinite(squared) ? 1.0f / std::sqrt(squared) : 0.0f;
+      inverse_norm_[i] = inverse_norm(squared);
     }
     // Zeros are written, not multiplied: 0 * inf is NaN.
     if (inverse_norm_[i] == 0.0f) {

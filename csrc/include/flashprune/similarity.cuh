@@ -44,10 +44,9 @@ __device__ __forceinline__ float warp_dot(const T* a, const T* b, int d, bool al
   return sum;
 }
 
-// 0 where the norm is zero or not finite.
+// 0 where the square is below the smallest normal float, or not finite.
 __device__ __forceinline__ float inverse_norm(float square) {
-  const float norm = __fsqrt_rn(square);
-  return norm > 0.0f && norm <= 3.40282347e38f ? __fdiv_rn(1.0f, norm) : 0.0f;
+  return square >= 1.17549435e-38f && square <= 3.40282347e38f ? __fdiv_rn(1.0f, __fsqrt_rn(square)) : 0.0f;
 }
 
 // Of row `token`, counted through all items.

@@ -49,7 +49,7 @@ inline std::vector<int> steady_channels(const Rows& rows, const ParallelFor& par
   return channels;
 }
 
-// Rows over some of their channels, divided by their norm over these; zeros where it is zero or not finite.
+// Rows over some of their channels, divided by their norm over these; zeros where inverse_norm is 0.
 class ChannelRows {
  public:
   ChannelRows(const Rows& rows, const std::vector<int>& channels)
@@ -65,8 +65,8 @@ class ChannelRows {
     std::fill(unit + width(), unit + row_stride(width()), 0.0f);
     float squared;
     kernel.dots(&unit, 1, &unit, 1, width(), &squared, 1);
-    if (squared > 0.0f && std::isfinite(squared)) {
-      kernel.scale(unit, width(), 1.0f / std::sqrt(squared));
+    if (const float inverse = inverse_norm(squared); inverse > 0.0f) {
+      kernel.scale(unit, width(), inverse);
     } else {
       std::fill_n(unit, width(), 0.0f);
     }

@@ -74,5 +74,6 @@ def attention_weights(query: Tensor, key: Tensor, scale: float, lse: Tensor | No
     """`[..., H, R, L]`: the softmax over all keys, or `exp(score - lse)` when its normaliser is given."""
     dtype = checks.working_dtype(query)
     key = key.repeat_interleave(query.shape[-2] // key.shape[-2], dim=-2)
-    scores = torch.einsum("...rhd,...lhd->...hrl", query.to(dtype), key.to(dtype)) * scale
+    with checks.without_autocast(query):
+        scores = torch.einsum("...rhd,...lhd->...hrl", query.to(dtype), key.to(dtype)) * scale
     return scores.softmax(-1) if lse is None else (scores - lse.to(dtype)[..., None]).exp()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 DPP_RANK_TOL = 1e-5  # a token is spent when this little of its own L_ii is left: the noise floor of float32
+LIFT = 2.0**40
 
 
 def ranked(scores: Tensor, alive: Tensor | None = None) -> Tensor:
@@ -29,16 +30,26 @@ def row_dots(rows: Tensor, row: Tensor) -> Tensor:
     return (rows * row).sum(-1)
 
 
+def norms(features: Tensor) -> Tensor:
+    """Norm of each row; 0 where its square in this precision is below the smallest normal number, or not finite."""
+    tiny = torch.finfo(features.dtype).tiny
+    squares = row_dots(features, features)
+    # The squares of elements of small rows are subnormal, coarse and perhaps flushed to zero: lifted, they are normal.
+    lifted = row_dots(features * LIFT, features * LIFT)
+    small = (squares < tiny * LIFT) & (lifted >= tiny * LIFT * LIFT)
+    usual = (squares >= tiny * LIFT) & squares.isfinite()
+    return torch.where(small, lifted.sqrt() / LIFT, torch.where(usual, squares.sqrt(), 0.0))
+
+
 def valid_rows(features: Tensor) -> Tensor:
-    """Bool ``[N]``: rows whose norm in this precision is neither zero nor non-finite."""
-    norms = row_dots(features, features).sqrt()
-    return (norms > 0) & norms.isfinite()
+    """Bool ``[N]``: rows that have a direction."""
+    return norms(features) > 0
 
 
 def unit_rows(features: Tensor) -> Tensor:
-    """Rows divided by their norm; rows that are not valid become zero, so their cosine to every row is 0."""
-    norms = row_dots(features, features).sqrt()
-    return torch.where(valid_rows(features)[:, None], features / norms[:, None], 0.0)
+    """Rows divided by their norm; rows without a direction become zero, so their cosine to every row is 0."""
+    lengths = norms(features)[:, None]
+    return torch.where(lengths > 0, features / lengths, 0.0)
 
 
 def topk(scores: Tensor, k: int) -> Tensor:

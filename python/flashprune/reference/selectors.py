@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import arguments, checks
+from .. import arguments, checks, operators
 from ..checks import Grid
 from . import segments
 
@@ -133,6 +133,9 @@ def _by_segment(
 ) -> Tensor:
     """``select(*tensors of a segment, *its settings)`` on every segment, joined into one result."""
     given = [x for x in tensors if x is not None]
+    if given[0].is_meta:
+        tokens = given[0] if select is segments.topk else given[0][..., 0]
+        return operators.indices(tokens, [setting[0] for setting in settings], cu_seqlens)
     dtype = checks.working_dtype(given[0])
 
     def part(index: int | slice) -> list[Tensor | None]:

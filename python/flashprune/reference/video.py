@@ -43,6 +43,8 @@ def vidcom2_select(
     """`flashprune.vidcom2_select` by definition."""
     checks.choice("backend", backend, ("auto", "reference"))
     frames, keep, k = arguments.video("vidcom2", features, thw, merge, q, sort)
+    if features.is_meta:
+        return features.new_empty(k, dtype=torch.int64)
     features = features.to(checks.working_dtype(features))
     similarity, to_video = similarities(features[:, steady_channels(features)], frames)
     picks = by_frame(similarity, frame_budgets(to_video, keep, similarity.shape[1]))[:k]
