@@ -42,7 +42,7 @@ class Asked:
             self._check_experts()
         if isinstance(wanted, Tensor):
             self._logits_to_keep = 0
-            return _at(states, wanted.to(states.device), cut)
+            return _at(states, wanted.to(states.device if cut is None else cut.index.device), cut)
         if self.prefill is not None and not self._whole:
             self.prefill.check_tail(wanted)
         return states
@@ -77,7 +77,7 @@ def _at(states: Tensor, wanted: Tensor, cut: Cut | None) -> Tensor:
         if cut is None:
             return states[wanted]
         _check("logits_to_keep", wanted & ~cut.goes_on)
-        return states[cut.take(wanted & cut.goes_on)]
+        return states[cut.take(wanted & cut.goes_on).to(states.device)]
     if wanted.dtype == torch.bool:
         wanted = wanted.nonzero().flatten()
     wanted = wanted.expand(len(states), -1)
@@ -87,7 +87,7 @@ def _at(states: Tensor, wanted: Tensor, cut: Cut | None) -> Tensor:
         asked = torch.zeros_like(cut.goes_on).scatter(1, wanted, True)
         _check("logits_to_keep", asked & cut.dropped)
         wanted = cut.places.gather(1, wanted)
-    return torch.take_along_dim(states, wanted.unsqueeze(-1), dim=1)
+    return torch.take_along_dim(states, wanted.to(states.device).unsqueeze(-1), dim=1)
 
 
 def _shorter(labels: Tensor, cut: Cut) -> Tensor:

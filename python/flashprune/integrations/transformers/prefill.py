@@ -67,7 +67,7 @@ class Prefill:
         budgets = self.budgets
         flat = torch.cat([one.row * columns + one.columns for one in self.placed])
         flat_here = flat.to(hidden.device)
-        with self.stopwatch.running(), torch.no_grad():
+        with self.stopwatch.running(hidden.device), torch.no_grad():
             self.tokens.hidden = hidden.detach()
             self.tokens.features = self.tokens.hidden.flatten(0, 1)[flat_here]
             kept = self.plan.select(self.tokens, budgets)

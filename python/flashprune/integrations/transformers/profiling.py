@@ -115,8 +115,8 @@ def _run(
     model: Any, inputs: Mapping[str, Any], profile: Profile, handle: Handle | None, first_token: bool, warm_up: bool
 ) -> None:
     device = next(model.parameters()).device
-    inside = Stopwatch(device)
-    with _timing(family_of(model).language_model(model.base_model), inside):
+    inside = Stopwatch()
+    with _timing(family_of(model).language_model(model.base_model), inside, device):
         output, forward = _waited(device, lambda: prefill(model, inputs))
     selected = handle.last if handle is not None else None
     if warm_up:
@@ -135,12 +135,12 @@ def _run(
 
 
 @contextmanager
-def _timing(module: torch.nn.Module, stopwatch: Stopwatch) -> Iterator[None]:
+def _timing(module: torch.nn.Module, stopwatch: Stopwatch, device: torch.device) -> Iterator[None]:
     """Times a module's calls, hooks that others have put on it included."""
     running: list[AbstractContextManager[None]] = []
 
     def enter(*_: Any) -> None:
-        running.append(stopwatch.running())
+        running.append(stopwatch.running(device))
         running[-1].__enter__()
 
     def leave(*_: Any) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ... import budgets, checks
@@ -19,7 +18,7 @@ from .prior import read_prior
 from .pruner import Pruner
 from .relevance import prompt_relevance
 from .report import Selection
-from .selection import METHODS, SCOPES, Plan, make_options, try_out
+from .selection import METHODS, SCOPES, Plan, Scorer, make_options, try_out
 from .tokens import VisualTokens
 
 _ACTIVE = "_flashprune"  # on a base model: the handle that prunes it
@@ -85,11 +84,12 @@ def prune(
     - `scope`: what is pruned together, all images and videos of a prompt (`request`, as AngelSlim does) or each
       (`image`).
     - The importance, where the method needs one before the LLM, is one of: `scorer`, a `VisionSelector` or a file with
-      its weights; `importance="received_attention"`, from layer `encoder_layer` of the vision encoder (by default the
-      one that makes the features; in Qwen2.5-VL its last with full attention): what CLS pays where there is a CLS,
-      else what each token receives; `importance="text_relevance"`, `flashprune.text_relevance` of the visual tokens to
-      all text of their prompt, by the embeddings that enter the LLM; or `importance=callable`, which takes
-      `VisualTokens` and returns one score a token. For CDPruner's own importance, by CLIP, see `CLIPRelevance`.
+      its weights, which go to the embeddings' device; `importance="received_attention"`, from layer `encoder_layer` of
+      the vision encoder (by default the one that makes the features; in Qwen2.5-VL its last with full attention): what
+      CLS pays where there is a CLS, else what each token receives; `importance="text_relevance"`,
+      `flashprune.text_relevance` of the visual tokens to all text of their prompt, by the embeddings that enter the
+      LLM; or `importance=callable`, which takes `VisualTokens` and returns one score a token. For CDPruner's own
+      importance, by CLIP, see `CLIPRelevance`.
     - `prior`: D2Pruner's positional prior, a file from `flashprune calibrate` or `[h, w]` maps; without it the
       attention stays biased, and a warning says so.
     - `backend`: as for every function of `flashprune`.
@@ -175,19 +175,13 @@ def _importance(
 
 def _scorer(scorer: Any, language_model: Any) -> Callable[[VisualTokens], Tensor]:
     if isinstance(scorer, str | os.PathLike):
-        scorer = VisionSelector.from_checkpoint(scorer).to(next(language_model.parameters()).device)
+        scorer = VisionSelector.from_checkpoint(scorer)
     if not isinstance(scorer, VisionSelector):
         raise TypeError(f"scorer must be a VisionSelector or a file's name, got {type(scorer).__name__}")
     width = language_model.config.hidden_size
     if scorer.in_features != width:
         raise ValueError(f"scorer takes features of width {scorer.in_features}, the model's have {width}")
-    found: VisionSelector = scorer
-
-    def score(tokens: VisualTokens) -> Tensor:
-        with torch.no_grad():
-            return found(tokens.features, cu_seqlens=tokens.cu_seqlens)
-
-    return score
+    return Scorer(scorer)
 
 
 def _prior(method: str, prior: Any, model: Any, layer: int) -> Any:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.utils import ModelOutput
 
 from ...importance import query_attention
 from . import caches, masks
 from .clip import CLIPRelevance
+from .encoded import add_items, items_of
 from .encoders import Calls, Encoding
 from .families import Family
 from .hooks import Hooks
@@ -26,8 +28,6 @@ from .report import Last, Stopwatch
 from .running import Decoding, Forward, Running
 from .selection import Plan
 from .tokens import KINDS, VisualTokens, place, segments
-
-_ITEMS = "flashprune_items"  # on an encoder's output: its images and videos
 
 
 class Pruner:
@@ -120,7 +120,7 @@ class Pruner:
             self._running.encoding.features.append(args[0])
 
     def _note_items(self, kind: str, arguments: Mapping[str, Any], output: Any, encoding: Encoding) -> None:
-        if not hasattr(output, "pooler_output"):
+        if not isinstance(output, ModelOutput):
             return  # a tuple, asked for by a caller of their own: the model itself never does
         family, base = self.family, self.base
         items = family.items(base, kind, arguments, output)
@@ -130,7 +130,7 @@ class Pruner:
         if isinstance(self.plan.importance, CLIPRelevance):
             embeds = family.packed(base, arguments, self.plan.importance.embed(encoding.features[0]))
             items = [replace(item, embeds=one) for item, one in zip(items, embeds, strict=True)]
-        setattr(output, _ITEMS, items)
+        add_items(output, items)
         if self._running.forward is not None:
             self._running.forward.encoded[kind] = items
 
@@ -176,12 +176,13 @@ class Pruner:
         self._running.forward = forward = Forward(given.get("input_ids"), given.get("inputs_embeds"), given)
         for kind, output in (given.get("mm_encoder_outputs") or {}).items():
             if output is not None and kind in KINDS:
-                if not hasattr(output, _ITEMS):
+                items = items_of(output)
+                if items is None:
                     raise ValueError(
                         f"mm_encoder_outputs[{kind!r}] was encoded before prune(), or cut by prefill_chunk_size: "
                         "a pruned model must encode its images itself and prefill in one piece"
                     )
-                forward.encoded[kind] = getattr(output, _ITEMS)
+                forward.encoded[kind] = items
 
     def _leave(self, *_: Any) -> None:
         self._running.forward = None
@@ -226,7 +227,7 @@ class Pruner:
         )
         text = (kinds == -1) & attended
         tokens = VisualTokens(embeds[:0, 0], segments(placed, self.plan.scope), forward.input_ids, text=text)
-        prefill = Prefill(self.plan, placed, tokens, attended, mask, cache, Stopwatch(embeds.device))
+        prefill = Prefill(self.plan, placed, tokens, attended, mask, cache, Stopwatch())
         if prefill.budgets == tokens.lengths:
             self.last.note(prefill.selection(embeds))
             return None
@@ -307,7 +308,7 @@ class Pruner:
         key = key[:, :, : past + columns]  # all that a static cache holds yet
         seen = None if prefill.mask is None else prefill.mask[:, :past].to("cpu", torch.bool)
         rows = [one.row for one in prefill.placed]
-        with prefill.stopwatch.running(), torch.no_grad():
+        with prefill.stopwatch.running(key.device), torch.no_grad():
             for row in dict.fromkeys(rows):
                 attended = prefill.attended[row]
                 if past:

@@ -16,22 +16,21 @@ from .tokens import Item
 
 
 class Stopwatch:
-    """Adds up times on a device; on a GPU without waiting for it until it is read."""
+    """Adds up times on devices; on a GPU without waiting for it until it is read."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Times what runs inside."""
-        if self.device.type != "cuda":
+    def running(self, device: torch.device) -> Iterator[None]:
+        """Times what runs on a device inside."""
+        if device.type != "cuda":
             start = time.perf_counter()
             yield
             self._seconds += time.perf_counter() - start
             return
-        stream = torch.cuda.current_stream(self.device)
+        stream = torch.cuda.current_stream(device)
         events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
         events[0].record(stream)
         yield

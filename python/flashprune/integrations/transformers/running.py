@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ class Forward:
     input_ids: Tensor | None
     inputs_embeds: Tensor | None
     arguments: Mapping[str, Any]  # all of them
-    encoded: dict[str, list[Item]] = field(default_factory=dict)
+    encoded: dict[str, Sequence[Item]] = field(default_factory=dict)
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import budgets, checks, dispatch, methods, selectors
+from ...scorer import VisionSelector
 from .prior import Prior
 from .tokens import VisualTokens
 
@@ -57,6 +58,18 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "visionselector": Method(selectors.topk_select, "importance", "topk_select", features=False),
     }
 )
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The importance that a VisionSelector gives, on the tokens' device."""
+
+    selector: VisionSelector
+
+    def __call__(self, tokens: VisualTokens) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = self.selector.to(tokens.features.device)(tokens.features, cu_seqlens=tokens.cu_seqlens)
+            return found
 
 
 @dataclass(frozen=True)

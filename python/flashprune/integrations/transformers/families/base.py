@@ -58,7 +58,7 @@ class Family:
             if token is not None:
                 if input_ids is None:  # as Transformers does it: a placeholder's embedding is like no other
                     placeholder = base.get_input_embeddings()(torch.tensor(token, device=tokens.device))
-                    found = (tokens == placeholder).all(-1)
+                    found = (tokens == placeholder.to(tokens.device)).all(-1)
                 else:
                     found = tokens == token
                 kinds[found] = index
