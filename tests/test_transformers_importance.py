@@ -75,7 +75,7 @@ def encoder_scores(family: str, batch: Any, kind: str, layer: int | None) -> Ten
 
     tower = base.visual if family in QWEN_VL else base.vision_tower
     modules = [m for m in tower.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "config")]
-    default = {"llava": 1, "llava_next": 1, "llava_onevision": 2, "internvl": 2}.get(family, 3)
+    default = {"llava": 1, "llava_next": 1, "llava_onevision": 2, "internvl": 2, "glm4v": 2}.get(family, 3)
     projector = tower.merger if family in QWEN_VL else base.multi_modal_projector
     watched = {"attention": modules[default if layer is None else layer], "tower": tower, "projector": projector}
     hooks = [module.register_forward_hook(note(name), with_kwargs=True) for name, module in watched.items()]
@@ -137,6 +137,7 @@ def received_in_spans(module: Any, args: Any, kwargs: Any) -> Tensor:
 
 CASES = [(family, "image", "three") for family in FAMILIES]
 CASES += [(family, "image", "alone") for family in FAMILIES if family != "llava_onevision"]
+CASES += [(family, "image", "alone") for family in ("qwen3_5", "glm4v") if family in vlm.MORE]
 CASES += [(family, "image" if family == "internvl" else "video", "video") for family in WITH_VIDEO]
 
 
@@ -154,6 +155,36 @@ def test_attention_of_the_encoder(
     tokens = chosen_from[-1]
     assert tokens.scores is not None
     close(tokens.scores, right)
+
+
+@pytest.mark.parametrize(("family", "side"), [("gemma3", 2), ("gemma4", 2)])
+def test_attention_of_the_encoder_of_gemma(family: str, side: int, chosen_from: list[VisualTokens]) -> None:
+    """What the 2 x 2 patches of a token receive, from the weights of the last layer; Gemma 4 fills images up."""
+    if family not in vlm.MORE:
+        pytest.skip("not in this version of Transformers")
+    model, _ = vlm.built(family, "eager")
+    batch, seen = vlm.three(family), []
+    modules = [m for m in model.base_model.vision_tower.modules() if type(m).__name__.endswith("Attention")]
+    hook = modules[-1].register_forward_hook(lambda _, args, output: seen.append(output[1].mean(1)))
+    with torch.no_grad():
+        model(**batch)
+    hook.remove()
+    right = []
+    for image, weights in enumerate(seen[0]):
+        places = [(x, y) for y in range(8) for x in range(8)]
+        if family == "gemma4":
+            places = [(x, y) for x, y in batch["image_position_ids"][image].tolist() if x >= 0]
+        received = weights[: len(places), : len(places)].mean(0).tolist()
+        width, height = (max(place) // side + 1 for place in zip(*places, strict=True))
+        sums = [0.0] * (width * height)
+        for (x, y), one in zip(places, received, strict=True):
+            sums[y // side * width + x // side] += one
+        right += sums
+    with prune(model, "topk", 0.3, importance="received_attention"):
+        model(**batch)
+    tokens = chosen_from[-1]
+    assert tokens.scores is not None
+    close(tokens.scores, torch.tensor(right))
 
 
 def test_attention_of_the_encoder_where_onevision_scales_its_tiles_down(chosen_from: list[VisualTokens]) -> None:

@@ -253,7 +253,8 @@ def states(
     prompt, its columns counting on.
     """
     lm = decoder(given.model)
-    kinds = getattr(lm.config, "layer_types", None) or ["full_attention"] * len(lm.layers)
+    kind = "full_attention" if getattr(lm.config, "sliding_window", None) is None else "sliding_attention"
+    kinds = getattr(lm.config, "layer_types", None) or [kind] * len(lm.layers)
     columns = given.columns(row)
     after = range(given.ids.shape[1], given.ids.shape[1] + len(reply))
     hidden = torch.cat([given.embeds[row, columns], lm.embed_tokens(torch.tensor(reply, dtype=torch.int64))])[None]

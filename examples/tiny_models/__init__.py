@@ -86,8 +86,17 @@ _FAMILIES: list[TinyFamily] = [
     video_llama.VideoLlama3(),
 ]
 ALL = tuple(family.name for family in _FAMILIES)
-# Those that the installed Transformers has.
-TABLE = {family.name: family for family in _FAMILIES if hasattr(transformers, family.needs)}
+
+
+def _has(name: str) -> bool:
+    """Whether the installed Transformers has a class, and what that needs: torchvision, some in some versions."""
+    try:
+        return hasattr(transformers, name)
+    except ModuleNotFoundError:
+        return False
+
+
+TABLE = {family.name: family for family in _FAMILIES if _has(family.needs) and _has(family.processor)}
 FAMILIES = tuple(TABLE)
 QWEN_VL = tuple(name for name, family in TABLE.items() if isinstance(family, qwen.Qwen2VL))
 IMAGE = {name: family.image for name, family in TABLE.items()}  # the placeholders

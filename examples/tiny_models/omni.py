@@ -12,7 +12,7 @@ from .qwen import EXPERTS, FPS, Qwen2VL
 
 
 class Qwen25Omni(Qwen2VL):
-    name, needs = "qwen2_5_omni_thinker", "Qwen2_5OmniThinkerForConditionalGeneration"
+    name, needs = "qwen2_5_omni_thinker", "Qwen2_5OmniThinkerModel"
     processor = "Qwen2_5OmniProcessor"
     image, video = "<|IMAGE|>", "<|VIDEO|>"
     named: ClassVar = {
@@ -56,7 +56,7 @@ class Qwen25Omni(Qwen2VL):
 
 
 class Qwen3Omni(Qwen25Omni):
-    name, needs = "qwen3_omni_moe_thinker", "Qwen3OmniMoeThinkerForConditionalGeneration"
+    name, needs = "qwen3_omni_moe_thinker", "Qwen3OmniMoeThinkerModel"
     processor = "Qwen3OmniMoeProcessor"
     audio: ClassVar = Qwen25Omni.audio | {"downsample_hidden_size": 8, "n_window": 10}
     index_names = ("audio_token_id", "image_token_id", "video_token_id")

@@ -89,7 +89,10 @@ class VipLlava(Squares):
         return transformers.CLIPVisionConfig(**vision, image_size=self.side, projection_dim=32)
 
     def settings(self, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-        return {"vision_feature_layer": [-2, 1], "image_seq_length": 36}
+        # Named otherwise in older versions of Transformers.
+        names = ("vision_feature_layer", "vision_feature_layers")
+        layers = {name: [-2, 1] for name in names if hasattr(transformers.VipLlavaConfig(), name)}
+        return layers | {"image_seq_length": 36}
 
     def image_processor(self, config: PreTrainedConfig) -> Any:
         return transformers.CLIPImageProcessorPil(size={"shortest_edge": self.side}, crop_size=self.size)

@@ -19,7 +19,7 @@ _KINDS = ("full_attention", _SLIDING, "linear_attention")
 
 def differ(config: Any) -> bool:
     """Whether a decoder's layers need masks of more than one kind, or windows."""
-    return _SLIDING in _types(config)
+    return _SLIDING in kinds(config)
 
 
 def prepare(
@@ -30,7 +30,7 @@ def prepare(
     `columns`: int64 `[B, held + L]`, which of the tokens seen each is that the cache holds or that is new, -1 for
     padding; `padded`: whether any may be; `seen`: how many were; `blocks`: see `Family.blocks`.
     """
-    types = _types(config)
+    types = kinds(config)
     unknown = set(types) - set(_KINDS)
     if unknown:
         raise ValueError(f"layers of kind {', '.join(sorted(unknown))} cannot be pruned: only of {', '.join(_KINDS)}")
@@ -59,7 +59,8 @@ def prepare(
     return masks if getattr(config, "layer_types", None) else masks[types[0]]
 
 
-def _types(config: Any) -> list[str]:
+def kinds(config: Any) -> list[str]:
+    """The kind of each layer of a decoder, by the names of Transformers."""
     named = getattr(config, "layer_types", None)
     sliding = getattr(config, "sliding_window", None) is not None
     return list(named) if named else [_SLIDING if sliding else "full_attention"] * config.num_hidden_layers

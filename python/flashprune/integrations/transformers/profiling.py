@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .families import family_of
 from .prune import Handle, prune
@@ -101,9 +102,13 @@ def prefill(model: Any, inputs: Mapping[str, Any]) -> Any:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of all keys and values that a cache holds."""
-    tensors = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Bytes of all keys and values that a cache holds, and of the states of linear attention."""
+    held: list[Any] = []
+    for layer in cache.layers:
+        held += [getattr(layer, name, None) for name in ("keys", "values")]
+        for name in ("conv_states", "recurrent_states"):
+            held += getattr(layer, name, {}).values()
+    return sum(one.numel() * one.element_size() for one in held if isinstance(one, Tensor))
 
 
 def repeated(inputs: Mapping[str, Any], batch: int) -> dict[str, Any]:

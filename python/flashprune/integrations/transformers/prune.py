@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import budgets, checks
 from ...scorer import VisionSelector
+from . import masks
 from .clip import CLIPRelevance
 from .families import Family, family_of
 from .prior import read_prior
@@ -208,10 +209,9 @@ def _layer(plan: Plan, layer: int, language_model: Any) -> int:
         return layer
     if layer > config.num_hidden_layers - 2:
         raise ValueError(f"layer={layer} leaves no layer after it: the LLM has {config.num_hidden_layers}")
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
-        raise ValueError(
-            f"method={plan.method!r} needs full attention in every layer of the LLM, it has {config.layer_types}"
-        )
+    kinds = masks.kinds(config)
+    if any(kind != "full_attention" for kind in kinds):
+        raise ValueError(f"method={plan.method!r} needs full attention in every layer of the LLM, it has {kinds}")
     if not all(hasattr(one, "self_attn") for one in language_model.layers):
         name = type(language_model).__name__
         raise ValueError(f"method={plan.method!r} needs self_attn in every layer of the LLM, which {name} lacks")

@@ -101,7 +101,8 @@ class Family:
 
     def default_layer(self, base: Any) -> int:
         """The encoder's layer whose attention is the importance: the last one whose output becomes features."""
-        selected = getattr(base.config, "vision_feature_layer", -1)
+        config = base.config  # ViP-LLaVA's says layers in older versions of Transformers
+        selected = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", -1))
         layers = selected if isinstance(selected, list | tuple) else [selected]
         count = len(self.attention_modules(base))
         return max(layer + count if layer < 0 else layer - 1 for layer in layers)
