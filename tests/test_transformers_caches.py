@@ -308,10 +308,16 @@ def test_a_model_that_does_not_prune_refuses_a_pruned_cache(method: str, which: 
     assert [caches.length(cache, layer) for layer in range(4)] == held
     with pruned(model, method):
         check(say(model, cache, given, TOKENS[0]), given, kept, method, TOKENS[0])
-        with pytest.raises(RuntimeError):  # whatever ends a forward ends the loan
-            model(input_ids=batch["input_ids"][:, :2], position_ids=torch.zeros(7, 7, 7), past_key_values=cache)
-    with pytest.raises(ValueError, match="only a pruned model can continue it"):
-        say(model, cache, given, TOKENS[0])
+    ids = torch.tensor([TOKENS[0]]).expand(len(given.ids), -1)
+    broken = [
+        ({"position_ids": torch.zeros(7, 7, 7)}, RuntimeError, "must match"),  # in the decoder
+        ({"pixel_values": batch["pixel_values"]}, ValueError, "do not match"),  # before it
+    ]
+    for arguments, error, words in broken:  # whatever ends a forward ends the loan
+        with pruned(model, method), pytest.raises(error, match=words):
+            model(input_ids=ids, past_key_values=cache, **arguments)
+        with pytest.raises(ValueError, match="only a pruned model can continue it"):
+            say(model, cache, given, TOKENS[0])
 
 
 @pytest.mark.parametrize(("before", "after"), [("divprune", "fastv"), ("fastv", "divprune")])

@@ -1,5 +1,6 @@
 """Wrong use of the Transformers integration: an error that says what was expected, and the model as it was."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -216,10 +217,13 @@ def test_a_four_dimensional_mask(method: str) -> None:
         assert torch.equal(model(**batch).logits, right)
 
 
-@pytest.mark.skipif(
+in_chunks = pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23),
     reason="it answers otherwise in chunks there, pruned or not: without the images",
 )
+
+
+@in_chunks
 @pytest.mark.parametrize("family", ["llava", FAMILY])
 def test_a_prompt_prefilled_in_chunks(family: str) -> None:
     model, _ = vlm.built(family)
@@ -228,6 +232,33 @@ def test_a_prompt_prefilled_in_chunks(family: str) -> None:
         with pytest.raises(ValueError, match="prefill in one piece"):
             model.generate(**batch, max_new_tokens=2, prefill_chunk_size=16)
         assert model.generate(**batch, max_new_tokens=2).shape[1] <= batch["input_ids"].shape[1] + 2
+
+
+@in_chunks
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+def test_text_after_a_pruned_prompt_may_come_in_chunks(method: str) -> None:
+    model, processor = vlm.built(FAMILY)
+    batch = vlm.three(FAMILY)
+    more = processor.tokenizer(" And which colour has it?", return_tensors="pt")["input_ids"].expand(3, -1)
+    options = {"do_sample": False, "min_new_tokens": 4, "max_new_tokens": 4, "return_dict_in_generate": True}
+    with prune(model, method, 0.3):
+        first = model.generate(**batch, **options)
+        ids = torch.cat([first.sequences, more], dim=1)
+        mask = torch.ones_like(ids)
+        mask[:, : batch["input_ids"].shape[1]] = batch["attention_mask"]
+        replies = [
+            model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=copy.deepcopy(first.past_key_values),
+                prefill_chunk_size=size,
+                output_logits=True,
+                **options,
+            )
+            for size in (None, 3)
+        ]
+    right, found = (torch.stack(reply.logits) for reply in replies)
+    torch.testing.assert_close(found, right, atol=vlm.TOLERANCE, rtol=0)
 
 
 def test_images_encoded_before_the_pruning() -> None:

@@ -240,6 +240,9 @@ def test_the_models_own_loss_is_used_and_given_back() -> None:
         assert torch.equal(output.loss, output.logits.sum())
     assert seen == [(handle.last.length[1],) * 2]
     assert model.loss_function is own
+    with pruned(model, "divprune"):
+        model.loss_function = len  # what is set meanwhile stays
+    assert model.loss_function is len
 
 
 def test_a_head_that_is_not_called_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

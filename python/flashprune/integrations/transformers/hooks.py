@@ -70,6 +70,8 @@ class _Replacement:
         return self._call(self._original, *args, **kwargs)
 
     def remove(self) -> None:
+        if vars(self._owner).get(self._name) is not self:
+            return  # it was set anew since, which stays
         if self._own is None:
             delattr(self._owner, self._name)
         else:

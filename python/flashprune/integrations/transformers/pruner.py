@@ -185,7 +185,9 @@ class Pruner:
                 forward.encoded[kind] = items
 
     def _leave(self, *_: Any) -> None:
-        self._running.forward = None
+        forward, self._running.forward = self._running.forward, None
+        if forward is not None:  # it never came to the language model
+            caches.take_back(forward.arguments.get("past_key_values"))
 
     def _enter_language_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         running, cache = self._running, kwargs.get("past_key_values")
