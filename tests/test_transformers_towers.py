@@ -14,7 +14,16 @@ from torch import Tensor
 from flashprune.integrations.transformers import prune
 
 NAMES = ("llava_next_video", "mistral3", "lighton_ocr", "idefics3", "smolvlm", "aya_vision", "cohere2_vision")
-NAMES += ("deepseek_vl", "deepseek_vl_hybrid", "janus", "ovis2", "vipllava", "qianfan_ocr", "video_llama_3")
+NAMES += (
+    "deepseek_vl",
+    "deepseek_vl_hybrid",
+    "janus",
+    "ovis2",
+    "vipllava",
+    "qianfan_ocr",
+    "video_llama_3",
+    "paligemma",
+)
 FAMILIES = tuple(family for family in NAMES if family in vlm.MORE)
 PROMPTS = {"three": vlm.three, "video": vlm.video}
 CASES = [(family, "three") for family in FAMILIES] + [("llava_next_video", "video"), ("video_llama_3", "video")]

@@ -40,7 +40,8 @@ TOLERANCES = {"qwen3_5": 2e-4, "qwen3_5_moe": 2e-4}
 def built(family: str, attention: str = "sdpa") -> tuple[Any, Any]:
     """The model, its weights open to gradients as after loading, and its processor; one of each a process."""
     model, processor = tiny_models.build(family)
-    model.set_attn_implementation(attention)
+    if family != "paligemma2":  # Gemma 2 knows but eager attention
+        model.set_attn_implementation(attention)
     return model, processor
 
 
@@ -225,11 +226,14 @@ def mask(given: Whole, row: int, columns: list[int], kind: str) -> Tensor | None
         return None
     back = torch.tensor(columns)[:, None] - torch.tensor(columns)
     seen = back >= 0
+    if kind == "sliding_attention":
+        seen &= back < decoder(given.model).config.sliding_window
     if kind in given.both_ways:
         images = given.images(row, columns)
         seen |= (images[:, None] == images) & (images >= 0)
-    if kind == "sliding_attention":
-        seen &= back < decoder(given.model).config.sliding_window
+    if given.model.config.model_type == "paligemma":  # the whole prompt
+        prompt = torch.tensor(columns) < given.ids.shape[1]
+        seen |= prompt[:, None] & prompt
     return torch.zeros(seen.shape, dtype=given.embeds.dtype).masked_fill(~seen, float("-inf"))[None, None]
 
 

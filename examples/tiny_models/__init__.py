@@ -82,10 +82,12 @@ _FAMILIES: list[TinyFamily] = [
     squares.Janus(),
     squares.Ovis2(),
     squares.VipLlava(),
+    squares.PaliGemma(),
+    squares.PaliGemma2(),
     internvl.QianfanOcr(),
     video_llama.VideoLlama3(),
 ]
-ALL = tuple(family.name for family in _FAMILIES)
+ALL = tuple(dict.fromkeys(family.model_type or family.name for family in _FAMILIES))  # every config.model_type
 
 
 def _has(name: str) -> bool:

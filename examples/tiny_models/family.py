@@ -12,9 +12,10 @@ from .tokenizer import CHATML_CHAT
 
 
 class TinyFamily:
-    """How the model and the processor of one `config.model_type` are made."""
+    """How the model and the processor of one family are made."""
 
     name: ClassVar[str]
+    model_type: ClassVar[str | None] = None  # of the configuration, where it is not the name
     needs: ClassVar[str]  # a name in `transformers`, absent from versions that do not have the family
     processor: ClassVar[str]
     video_processor: ClassVar[str | None] = None

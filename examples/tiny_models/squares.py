@@ -193,3 +193,30 @@ class Cohere2Vision(AyaVision):
 
     def options(self, config: PreTrainedConfig) -> dict[str, Any]:
         return {}
+
+
+class PaliGemma(Squares):
+    """A prompt whose tokens all see one another."""
+
+    name, needs, processor = "paligemma", "PaliGemmaConfig", "PaliGemmaProcessor"
+    named: ClassVar = {"bos_token": "<bos>"}
+
+    def text(self, text: dict[str, Any]) -> PreTrainedConfig:
+        return transformers.GemmaConfig(**text, head_dim=16)
+
+    def settings(self, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+        return {"projection_dim": 64}
+
+    def image_processor(self, config: PreTrainedConfig) -> Any:
+        return transformers.SiglipImageProcessorPil(size=self.size, image_seq_length=36)
+
+
+class PaliGemma2(PaliGemma):
+    """The same for an LLM whose every other layer attends in a window."""
+
+    name, model_type = "paligemma2", "paligemma"
+
+    def text(self, text: dict[str, Any]) -> PreTrainedConfig:
+        layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 20, "head_dim": 16}
+        plain = {"final_logit_softcapping": None, "attn_logit_softcapping": None}
+        return transformers.Gemma2Config(**text, **layers, **plain)

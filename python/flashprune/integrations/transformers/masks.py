@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, or_masks
 
 _SLIDING = "sliding_attention"
 _KINDS = ("full_attention", _SLIDING, "linear_attention")
@@ -47,13 +47,17 @@ def prepare(
             masks[kind] = None if valid is None or embeds.shape[1] == 1 else valid[:, -embeds.shape[1] :]
             continue
         block = blocks.get(kind)
+        same = None if block is None else same_block(columns, block)
+        within = _within(columns, window) if kind == _SLIDING and seen > window else None
+        if within is not None and same is not None:  # a block reaches beyond the window
+            within = or_masks(within, same)
         masks[kind] = create_causal_mask(
             config=config,
             inputs_embeds=embeds,
             attention_mask=valid,
             past_key_values=cache,
-            or_mask_function=None if block is None else _same_block(columns, block),
-            and_mask_function=_within(columns, window) if kind == _SLIDING and seen > window else None,
+            or_mask_function=same,
+            and_mask_function=within,
             layer_idx=types.index(kind),
         )
     return masks if getattr(config, "layer_types", None) else masks[types[0]]
@@ -66,7 +70,7 @@ def kinds(config: Any) -> list[str]:
     return list(named) if named else [_SLIDING if sliding else "full_attention"] * config.num_hidden_layers
 
 
-def _same_block(columns: Tensor, blocks: Tensor) -> Callable[..., Tensor]:
+def same_block(columns: Tensor, blocks: Tensor) -> Callable[..., Tensor]:
     """Of new tokens; those that the cache holds are of none."""
     blocks = torch.nn.functional.pad(blocks, (columns.shape[1] - blocks.shape[1], 0), value=-1)
 

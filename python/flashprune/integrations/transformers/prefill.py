@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,7 @@ class Prefill:
     mask: Tensor | None  # the caller's [B, seen + L]
     cache: Any
     stopwatch: Stopwatch
+    blocks: Mapping[str, Tensor] = field(default_factory=dict)  # int [B, L] by kind of layer: see `Family.blocks`
     cut: Cut | None = None  # set when tokens were chosen
     columns: Tensor | None = None  # int64 [B, held + L'], set when that was recorded: which of the tokens seen, or -1
     past: int = field(init=False)  # tokens seen before this pass
@@ -129,6 +131,11 @@ class Prefill:
             if budget < len(segment):
                 torn += [(one.row, int(one.columns[0]), int(one.columns[-1]) + 1) for one in items]
         return torn
+
+    def shorter_blocks(self, cut: Cut) -> dict[str, Tensor]:
+        """`blocks` of the columns that go on."""
+        length = self.attended.shape[1]
+        return {kind: cut.take(one[:, -length:].to(cut.index.device)) for kind, one in self.blocks.items()}
 
     def selection(self, hidden: Tensor) -> Selection:
         """What the pass tells of itself."""

@@ -201,7 +201,7 @@ class Pruner:
         if prefill is None or forward is None:
             self._continue(decoding, forward, kwargs)
         elif not self.plan.inside:
-            self._shorten_inputs(prefill, forward, kwargs)
+            self._shorten_inputs(prefill, kwargs)
         return args, kwargs
 
     def _leave_language_model(self, *_: Any) -> None:
@@ -229,16 +229,16 @@ class Pruner:
         )
         text = (kinds == -1) & attended
         tokens = VisualTokens(embeds[:0, 0], segments(placed, self.plan.scope), forward.input_ids, text=text)
-        prefill = Prefill(self.plan, placed, tokens, attended, mask, cache, Stopwatch())
+        blocks = self.family.blocks(self.base, forward.arguments)
+        prefill = Prefill(self.plan, placed, tokens, attended, mask, cache, Stopwatch(), blocks)
         if prefill.budgets == tokens.lengths:
             self.last.note(prefill.selection(embeds))
             return None
         return prefill
 
     def _mask(self, forward: Forward | None, kwargs: dict[str, Any]) -> Any:
-        """The caller's mask: some models make one for each kind of layer before they call the decoder."""
-        mask = kwargs.get("attention_mask")
-        return forward.arguments.get("attention_mask") if forward is not None and isinstance(mask, dict) else mask
+        """The caller's mask: some models make others of it before they call the decoder."""
+        return (kwargs if forward is None else forward.arguments).get("attention_mask")
 
     def _continue(self, decoding: Decoding, forward: Forward | None, kwargs: dict[str, Any]) -> None:
         """Decoding, or more text, on a cache that was pruned: the caller's mask counts what the cache lacks."""
@@ -274,7 +274,7 @@ class Pruner:
 
     # Before the LLM
 
-    def _shorten_inputs(self, prefill: Prefill, forward: Forward, kwargs: dict[str, Any]) -> None:
+    def _shorten_inputs(self, prefill: Prefill, kwargs: dict[str, Any]) -> None:
         """Everything that the language model is given."""
         embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
         cut = self._choose(prefill, embeds)
@@ -289,12 +289,8 @@ class Pruner:
         seen = prefill.past + embeds.shape[1]
         shorter = prefill.record(cut, self._first_layer)
         assert prefill.columns is not None
-        blocks = {
-            kind: cut.take(one[:, -embeds.shape[1] :].to(embeds.device))
-            for kind, one in self.family.blocks(self.base, forward.arguments).items()
-        }
         kwargs["attention_mask"] = self._masks(
-            kwargs, prefill.columns, shorter is not None, seen, prefill.cache, blocks
+            kwargs, prefill.columns, shorter is not None, seen, prefill.cache, prefill.shorter_blocks(cut)
         )
         self.family.keep_extras(kwargs, cut)
 
@@ -348,8 +344,11 @@ class Pruner:
         cut = self._choose(prefill, hidden)
         hidden = cut.take(hidden)
         mask = prefill.record(cut, self._first_layer)
+        assert prefill.columns is not None
+        block = prefill.shorter_blocks(cut).get("full_attention")
+        same = None if block is None else masks.same_block(prefill.columns, block)
         decoding.shorter = {
-            "attention_mask": self._causal_mask(hidden, mask, prefill.cache, self._first_layer),
+            "attention_mask": self._causal_mask(hidden, mask, prefill.cache, self._first_layer, same),
             "position_embeddings": tuple(cut.take(one) for one in kwargs["position_embeddings"]),
             "position_ids": None,
         }
@@ -361,12 +360,20 @@ class Pruner:
         self.last.note(prefill.selection(hidden))
         return cut
 
-    def _causal_mask(self, hidden: Tensor, mask: Tensor | None, cache: Any, layer: int) -> Any:
+    def _causal_mask(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        cache: Any,
+        layer: int,
+        same_block: Callable[..., Tensor] | None = None,
+    ) -> Any:
         return create_causal_mask(
             config=self.language_model.config,
             inputs_embeds=hidden,
             attention_mask=mask,
             past_key_values=cache,
+            or_mask_function=same_block,
             layer_idx=layer,
         )
 

@@ -17,7 +17,7 @@ from .internvl import InternVL
 from .llava import Llava, LlavaNext, LlavaNextVideo, LlavaOnevision
 from .pixtral import LightOnOcr, Mistral3
 from .qwen import Qwen2VL, Qwen3VL, Qwen25VL, Qwen35
-from .squares import AyaVision, DeepseekVL, Idefics3, Ovis2, VipLlava
+from .squares import AyaVision, DeepseekVL, Idefics3, Ovis2, PaliGemma, VipLlava
 from .video_llama import VideoLlama3
 
 __all__ = ["Family", "family_of", "register_family", "supported"]
@@ -39,6 +39,7 @@ _families: list[type[Family]] = [
     LightOnOcr,
     Mistral3,
     Ovis2,
+    PaliGemma,
     VideoLlama3,
     VipLlava,
     Gemma3,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..encoders import Calls, blocks
@@ -45,6 +46,20 @@ class Ovis2(Squares):
     """Ovis2: a token is a mixture of rows of a visual vocabulary."""
 
     model_types = ("ovis2",)
+
+
+class PaliGemma(Squares):
+    """PaliGemma: the tokens of a prompt, of its image and its text, all see one another."""
+
+    model_types = ("paligemma",)
+
+    def blocks(self, base: Any, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+        types, cache = arguments.get("token_type_ids"), arguments.get("past_key_values")
+        first = cache is None or not cache.is_initialized or arguments.get("pixel_values") is not None
+        if types is None or not first:
+            return {}
+        prefix = torch.where(types == 0, 0, -1)
+        return {"full_attention": prefix, "sliding_attention": prefix}
 
 
 class VipLlava(Squares):
