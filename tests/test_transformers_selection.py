@@ -1,7 +1,9 @@
 """What a pruned model keeps is what flashprune.reference keeps of the same tokens, for every scope and budget."""
 
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -214,3 +216,11 @@ def test_where_a_videos_tokens_stand(family: str, method: str) -> None:
         cells = [[t, y, x] for t, (h, w) in enumerate(frames) for y in range(h) for x in range(w)]
         newline = [[4, 2, 3]] if family == "llava_onevision" else []
         assert item.positions.tolist() == cells + newline
+
+
+@pytest.mark.parametrize("keep", [np.int64(16), np.uint8(16), np.float64(0.25), np.float32(0.25), Fraction(1, 4)])
+def test_keep_is_any_number(keep: Any) -> None:
+    model, _ = vlm.built("llava")
+    with prune(model, "divprune", keep) as handle:
+        model(**vlm.alone("llava"))
+    assert handle.last is not None and handle.last.counts == [(64, 16)]

@@ -148,7 +148,7 @@ def debias(attention: Tensor, prior: Tensor, *, eps: float = 1e-7) -> Tensor:
     """
     checks.floating("attention", attention)
     _check_prior(prior, tuple(attention.shape), attention, "attention")
-    checks.number("eps", eps, 0)
+    eps = checks.number("eps", eps, 0)
     dtype = checks.working_dtype(attention)
     return attention.to(dtype) / (prior.to(dtype) + eps)
 

@@ -61,7 +61,7 @@ def d2pruner(
     """
     checks.features(features)
     checks.per_token("attention", attention, features)
-    checks.number("pivot_ratio", pivot_ratio, 0, 1)
+    pivot_ratio = checks.number("pivot_ratio", pivot_ratio, 0, 1)
     scores = attention if prior is None else importance.debias(attention, prior, eps=eps)
     return selectors.mis_select(
         features,
@@ -201,7 +201,7 @@ def naive_hybrid(
     """
     checks.features(features)
     checks.per_token("importance", importance, features)
-    checks.number("pool_ratio", pool_ratio, 1)
+    pool_ratio = checks.number("pool_ratio", pool_ratio, 1)
     ks = checks.budgets(k, features, cu_seqlens)
     wanted = [budgets.ceil_scaled(pool_ratio, count) for count in ks]
     if cu_seqlens is None:

@@ -62,7 +62,7 @@ def hopkins(features: Tensor, indices: Tensor, *, reference: str = "tokens", see
     if features.dim() != 2:
         raise ValueError(f"features must be [N, D], got {checks.shape(features)}")
     checks.choice("reference", reference, _REFERENCES)
-    checks.integer("seed", seed, 0)
+    seed = checks.integer("seed", seed, 0)
     _check_indices(indices, features.shape[0])
     count = indices.shape[0]
     if count < 2:

@@ -73,7 +73,7 @@ def unpack_positions(packed: Tensor, count: int, dtype: torch.dtype = torch.int6
         [[2], [3]]
     """
     word = _word("packed", packed)
-    checks.integer("count", count, 0)
+    count = checks.integer("count", count, 0)
     if dtype not in (torch.int32, torch.int64):
         raise TypeError(f"dtype must be torch.int32 or torch.int64, got {dtype}")
     columns = count * (dtype.itemsize // word.itemsize)

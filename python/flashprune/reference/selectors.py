@@ -47,7 +47,7 @@ def mmr_select(
     """`flashprune.mmr_select` by definition."""
     checks.choice("backend", backend, ("auto", "reference"))
     ks = arguments.mmr(features, importance, k, lam, per_round, cu_seqlens, sort)
-    each = [(k, lam, per_round) for k in ks]
+    each = [(k, float(lam), per_round) for k in ks]
     return _by_segment(segments.mmr, [features, importance], each, cu_seqlens, sort, batched=features.ndim == 3)
 
 
@@ -79,12 +79,12 @@ def mis_select(
     )  # fmt: skip
     select = partial(
         segments.mis,
-        alpha=alpha,
-        threshold=threshold,
+        alpha=float(alpha),
+        threshold=float(threshold),
         similarity=similarity,
         proximity=proximity,
         radius=radius,
-        sigma=sigma,
+        sigma=float(sigma),
         temporal_radius=temporal_radius,
         pivots_suppress=pivots_suppress,
     )

@@ -9,7 +9,7 @@ from . import requirement  # noqa: F401
 from .clip import CLIPRelevance
 from .families import Family, register_family, supported
 from .prior import Prior
-from .prune import Handle, prune
+from .prune import Handle, prune, unprune
 from .report import Selection
 from .tokens import Item, VisualTokens
 
@@ -24,4 +24,5 @@ __all__ = [
     "prune",
     "register_family",
     "supported",
+    "unprune",
 ]

@@ -44,7 +44,9 @@ class _Config:
         self._observed = _Observed()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_original"], name)
+        if name.startswith("__"):  # what copy and pickle ask of it is not the original's to answer
+            raise AttributeError(name)
+        return getattr(self._original, name)
 
     @property
     def _attn_implementation(self) -> str:
@@ -60,6 +62,10 @@ class _Observed(threading.local):
     """Whether the current thread is past the observer, in the model's own attention function."""
 
     inside = False
+
+    def __reduce__(self) -> Any:
+        """A copy is in no call."""
+        return _Observed, ()
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:

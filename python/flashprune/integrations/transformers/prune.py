@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import warnings
 from collections.abc import Callable
@@ -108,7 +109,7 @@ def prune(
     family = family_of(model)
     base = model.base_model
     if getattr(base, _ACTIVE, None) is not None:
-        raise ValueError("model is pruned already: call remove() on its handle first")
+        raise ValueError("model is pruned already: call remove() on its handle, or unprune(model), first")
     checks.choice("method", method, tuple(METHODS))
     checks.choice("scope", scope, SCOPES)
     checks.choice("rule", rule, _RULES)
@@ -135,11 +136,20 @@ def prune(
     return handle
 
 
+def unprune(model: Any) -> None:
+    """Take the pruning off a model, as `remove()` of its handle does; nothing if it is not pruned."""
+    family_of(model)
+    handle: Handle | None = vars(model.base_model).get(_ACTIVE)
+    if handle is not None:
+        handle.remove()
+
+
 def _keep(keep: int | float) -> int | float:
-    budgets.budget(max(int(keep), 1) if isinstance(keep, int) else 1, keep)  # its type and range
+    count = isinstance(keep, numbers.Integral)
+    budgets.budget(max(int(keep), 1) if count else 1, keep)  # its type and range
     if keep == 0:
         raise ValueError("keep=0 leaves no visual token: give a share above 0 or a count of at least 1")
-    return keep
+    return int(keep) if count else float(keep)
 
 
 def _importance(

@@ -43,7 +43,6 @@ class Pruner:
         self.plan, self.family, self.layer = plan, family, layer
         self.base: Any = model.base_model
         self.language_model: Any = family.language_model(self.base)
-        self._signature = inspect.signature(self.base.forward)  # here, for it takes longer than a layer's hook
         self.last = Last()
         self._running = Running()
         self._hooks = Hooks()
@@ -171,7 +170,7 @@ class Pruner:
         self._running.asked = None
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = self._signature.bind(*args, **kwargs).arguments
+        given = _signature(type(self.base).forward).bind(self.base, *args, **kwargs).arguments
         caches.lend(given.get("past_key_values"), self._first_layer)  # some models make their masks here
         self._running.forward = forward = Forward(given.get("input_ids"), given.get("inputs_embeds"), given)
         for kind, output in (given.get("mm_encoder_outputs") or {}).items():
@@ -394,3 +393,6 @@ def _take(keys: Tensor, visible: Tensor) -> Tensor:
     if last - first + 1 == len(visible):
         return keys[:, first : last + 1]
     return keys[:, visible.to(keys.device)]
+
+
+_signature = functools.cache(inspect.signature)  # it takes longer than a layer's hook

@@ -140,7 +140,7 @@ def make_options(method: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
             raise TypeError(f"{name} is no option of method={method!r}, which {takes}")
     if method == "naive_hybrid" and "pool_ratio" not in options:
         raise TypeError("method='naive_hybrid' needs pool_ratio: its pool holds that many times the tokens kept")
-    return MappingProxyType(dict(options))
+    return dict(options)
 
 
 def try_out(plan: Plan, width: int) -> None:
