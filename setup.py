@@ -246,7 +246,8 @@ class BuildPy(build_py):
 
 setup(
     packages=[*find_packages("python"), *ELSEWHERE],
-    package_dir={"flashprune": "python/flashprune", **ELSEWHERE},
+    py_modules=["flashprune_plugins"],
+    package_dir={"": "python", **ELSEWHERE},
     ext_modules=[Extension("flashprune.libflashprune", sources=[])] if NATIVE else [],  # CMake builds them
     cmdclass={"bdist_wheel": Wheel, "build": Build, "build_ext": CMakeBuild, "build_py": BuildPy},
 )

@@ -1,7 +1,10 @@
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -9,7 +12,9 @@ import torch
 from torch import Tensor
 
 import flashprune as fp
-from flashprune.integrations import video
+import flashprune_plugins
+from flashprune.integrations import versions, video
+from flashprune.integrations import vllm as vllm_plugin
 from flashprune.integrations.video import Pruning, Settings
 
 PREFIX = "FLASHPRUNE_VIDEO_"
@@ -248,18 +253,98 @@ def test_an_engines_adapter_imports_no_engine(engine: str) -> None:
 @pytest.mark.parametrize("found", ["1.2.3", "1.2.3+cu129", "1.2.3.post1"])
 def test_builds_of_the_version_checked_are_accepted(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PREFIX + "METHOD", "evs")
-    monkeypatch.setattr(video, "version", lambda package: found)
+    monkeypatch.setattr(versions, "version", lambda package: found)
     assert video.start("engine", "1.2.3") == Settings("evs")
 
 
 @pytest.mark.parametrize("found", ["1.2.4", "1.2", "1.2.30", "1.2.3rc1", "1.2.3.dev4+g00"])
 def test_other_versions_are_refused(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PREFIX + "METHOD", "evs")
-    monkeypatch.setattr(video, "version", lambda package: found)
+    monkeypatch.setattr(versions, "version", lambda package: found)
     with pytest.raises(SystemExit, match=re.escape(f"engine 1.2.3, found {found}: set FLASHPRUNE_UNCHECKED_ENGINE=1")):
         video.start("engine", "1.2.3")
     monkeypatch.setenv("FLASHPRUNE_UNCHECKED_ENGINE", "1")
     assert video.start("engine", "1.2.3") == Settings("evs")
+
+
+@pytest.fixture
+def engine_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package `engine` that a distribution of another name installed, and that fails to be imported."""
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "__init__.py").write_text("raise AssertionError('imported')\n")
+    facts = tmp_path / "engine_cpu-1.2.3.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: engine-cpu\nVersion: 1.2.3\n")
+    (facts / "top_level.txt").write_text("engine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_an_engine_of_another_distribution_is_found(engine_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PREFIX + "METHOD", "evs")
+    assert versions.found("engine") == "1.2.3"
+    assert video.start("engine", "1.2.3") == Settings("evs")
+    with pytest.raises(SystemExit, match=re.escape("engine 1.2.4, found 1.2.3")):
+        video.start("engine", "1.2.4")
+
+
+def test_a_loaded_engine_tells_its_own_version(engine_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = ModuleType("engine")
+    monkeypatch.setitem(sys.modules, "engine", loaded)
+    assert versions.found("engine") == "1.2.3"
+    loaded.__version__ = "1.2.5+cpu"  # type: ignore[attr-defined]
+    assert versions.found("engine") == "1.2.5+cpu"
+
+
+def test_an_engine_of_no_known_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PREFIX + "METHOD", "evs")
+    with pytest.raises(SystemExit, match=r"^flashprune: checked with no_engine 1\.2\.3, found none"):
+        video.start("no_engine", "1.2.3")
+
+
+@pytest.mark.parametrize(("group", "engine"), [("vllm.general_plugins", "vllm"), ("sglang.srt.plugins", "sglang")])
+def test_entry_points_are_outside_the_package(group: str, engine: str) -> None:
+    assert entry_points(group=group)["flashprune"].load() is getattr(flashprune_plugins, engine)
+
+
+def start_plugin(program: str, **given: str) -> subprocess.CompletedProcess[str]:
+    """As an engine does that logs exceptions of its plugins and goes on."""
+    started = f"try:\n {program}\nexcept Exception as error:\n print('logged', error)\nprint('started')"
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("FLASHPRUNE_")}
+    return subprocess.run(
+        [sys.executable, "-c", started], env=plain | given, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_package_that_cannot_be_imported_stops_the_engine(engine: str) -> None:
+    program = f"import sys; sys.modules['flashprune'] = None; import flashprune_plugins; flashprune_plugins.{engine}()"
+    done = start_plugin(program, FLASHPRUNE_VIDEO_METHOD="evs")
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"flashprune: cannot prune in {engine}: ModuleNotFoundError: ") and "flashprune" in line
+
+
+@pytest.mark.parametrize("given", [{}, {"FLASHPRUNE_VIDEO_METHOD": ""}, {"FLASHPRUNE_BACKEND": "cpu"}])
+def test_nothing_is_imported_without_a_setting(given: dict[str, str]) -> None:
+    program = "import sys, flashprune_plugins as plugins; plugins.vllm(); plugins.sglang(); print(*sys.modules)"
+    loaded = start_plugin(program, **given).stdout.split()
+    assert "flashprune_plugins" in loaded and loaded[-1] == "started"
+    assert not {"flashprune", "torch"} & set(loaded)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("two\nlines"), ImportError("no module"), AttributeError("evs")])
+def test_any_failure_of_a_plugin_is_one_line_that_ends_the_process(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def register() -> None:
+        raise error
+
+    monkeypatch.setenv(PREFIX + "METHOD", "evs")
+    monkeypatch.setattr(vllm_plugin, "register", register)
+    with pytest.raises(SystemExit) as raised:
+        flashprune_plugins.vllm()
+    reason = " ".join(str(error).split())
+    assert str(raised.value) == f"flashprune: cannot prune in vllm: {type(error).__name__}: {reason}"
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import sglang.srt.plugins
 import torch
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.managers.schedule_batch import MultimodalDataItem
 from sglang.srt.models import nano_nemotron_vl
 from sglang.srt.multimodal.evs import EVS, EVSConfig, EVSEmbeddingResult, EVSProcessor, evs_core, evs_module
@@ -154,3 +155,32 @@ def test_an_engine_that_cannot_be_imported_is_named(settings: pytest.MonkeyPatch
     settings.setitem(sys.modules, evs_core.__name__, None)
     with pytest.raises(SystemExit, match=r"^flashprune: cannot import sglang\.srt\.multimodal\.evs\.evs_core"):
         plugin.register()
+
+
+@pytest.mark.parametrize(
+    ("rate", "why"),
+    [
+        ({}, "SGLang has no pruning for Some"),
+        ({"video_pruning_rate": 0.0}, "give SGLang"),
+        ({"video_pruning_rate": 0.5}, None),
+    ],
+)
+def test_a_model_of_which_no_video_is_pruned_is_told(
+    load: Callable[..., None], settings: pytest.MonkeyPatch, rate: dict[str, float], why: str | None
+) -> None:
+    """Once, by the main model: SGLang makes the configuration several times, and that of a draft model too."""
+
+    def made(self: Any, is_draft_model: bool = False) -> None:
+        self.is_draft_model = is_draft_model
+        self.hf_config = Config(architectures=["Some"], **({} if is_draft_model else rate))
+
+    warned: list[str] = []
+    settings.setattr(integration, "warn_of_no_effect", lambda settings, why, logger: warned.append(why))
+    settings.setattr(ModelConfig, "__init__", made)
+    HookRegistry._patched.discard(plugin._CONFIG)
+    load("mmr")
+    ModelConfig(is_draft_model=True)
+    assert warned == []
+    ModelConfig()
+    ModelConfig()
+    assert len(warned) == (why is not None) and all(line.startswith(str(why)) for line in warned)

@@ -1,5 +1,6 @@
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 import vllm.plugins
 import vllm.utils.torch_utils
+from examples import tiny_models
 from tests.engines import contract
-from vllm.model_executor.models import nano_nemotron_vl, qwen2_5_vl, qwen3_vl
+from vllm.engine import arg_utils
+from vllm.model_executor.models import nano_nemotron_vl, qwen2_5_vl, qwen3_vl, registry
 from vllm.multimodal.video_prune import evs, vidcom2
 from vllm.transformers_utils.processors import nano_nemotron_vl as nano_nemotron_processor
 
@@ -263,3 +266,42 @@ def test_functions_with_other_parameters_are_refused(load: Callable[..., None], 
     with pytest.raises(SystemExit, match="takes tokens, frames, rate; expected tokens_per_frame, num_frames, q"):
         load("evs")
     assert getattr(evs, COUNT) is THEIRS["evs"][0]
+
+
+@pytest.mark.parametrize(
+    ("family", "rate", "why"),
+    [
+        ("qwen2_5_vl", {}, "give vLLM --video-pruning-rate above 0"),
+        ("qwen2_5_vl", {"video_pruning_rate": 0.0}, "give vLLM --video-pruning-rate above 0"),
+        ("qwen2_5_vl", {"video_pruning_rate": 0.5}, None),
+        ("qwen2_vl", {"video_pruning_rate": 0.5}, "vLLM has no pruning for Qwen2VLForConditionalGeneration"),
+    ],
+)
+def test_a_configuration_that_prunes_no_video_is_told(
+    load: Callable[..., None],
+    settings: pytest.MonkeyPatch,
+    tmp_path: Path,
+    family: str,
+    rate: dict[str, float],
+    why: str | None,
+) -> None:
+    model, processor = tiny_models.build(family)
+    model.config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    settings.setattr(registry, "_run_in_subprocess", lambda look: look())  # where torchvision has its stand-in
+    theirs = arg_utils.EngineArgs.create_model_config
+    load("mmr")
+    warned: list[str] = []
+    settings.setattr(integration, "warn_of_no_effect", lambda settings, why, logger: warned.append(why))
+    arg_utils.EngineArgs(model=str(tmp_path), **rate).create_model_config()
+    assert len(warned) == (why is not None) and all(line.startswith(str(why)) for line in warned)
+    plugin.unregister()
+    assert arg_utils.EngineArgs.create_model_config is theirs
+
+
+def test_vllm_under_another_name_is_found() -> None:
+    program = "import importlib.metadata as m, vllm; v = m.version\n"
+    program += "def version(name):\n if name == 'vllm': raise m.PackageNotFoundError(name)\n return v(name)\n"
+    program += f"m.version = version; {LOAD}; from vllm.multimodal.video_prune.evs import {MASK} as mask\n"
+    done = contract.run(program + "print(mask.__self__.settings.method)", contract.environment("evs"))
+    assert done.returncode == 0 and done.stdout.splitlines()[-2:] == ["started", "evs"], done.stderr

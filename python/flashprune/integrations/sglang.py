@@ -13,7 +13,10 @@ from . import video
 
 CHECKED = "0.5.23"
 _MODULE = "sglang.srt.multimodal.evs.evs_core"
+_CONFIG = "sglang.srt.configs.model_config.ModelConfig.__init__"
 _registered: dict[str, Callable[..., Any]] = {}
+_unchecked: list[video.Settings] = []  # until a model's configuration is seen
+_logger = logging.getLogger(__name__)
 
 
 class Pruning(video.Pruning):
@@ -28,16 +31,14 @@ def register() -> None:
     """Register flashprune's pair of functions in SGLang's HookRegistry, where FLASHPRUNE_VIDEO_METHOD asks for it.
 
     SGLang applies the hooks when it has called all plugins, also to modules that imported the functions by name.
-    Calling it again changes nothing.
+    A model of which no video is pruned gets a warning. Calling it again changes nothing.
 
-    Raises SystemExit with one line for wrong settings, or an SGLang that this was not checked with: of other exceptions
-    SGLang logs a traceback and starts without the plugin.
+    Raises SystemExit with one line for wrong settings, or an SGLang that this was not checked with.
     """
     settings = video.start("sglang", CHECKED)
     if settings is None or _registered:
         return
-    logger = logging.getLogger(__name__)
-    pruning = Pruning(settings, note=logger.info)
+    pruning = Pruning(settings, note=_logger.info)
     try:
         module, hooks = import_module(_MODULE), import_module("sglang.srt.plugins.hook_registry")
     except ImportError as error:
@@ -51,7 +52,10 @@ def register() -> None:
     for name, ours in functions.items():
         hooks.HookRegistry.register(f"{_MODULE}.{name}", ours, hooks.HookType.REPLACE)
         _registered[name] = getattr(module, name)
-    video.announce(settings, logger)
+    _unchecked.append(settings)
+    if all(hook is not _look for _, hook, _ in hooks.HookRegistry._hooks[_CONFIG]):
+        hooks.HookRegistry.register(_CONFIG, _look, hooks.HookType.AFTER)
+    video.announce(settings, _logger)
 
 
 def unregister() -> None:
@@ -63,3 +67,16 @@ def unregister() -> None:
             video.swap(getattr(module, name), theirs)
         hooks.HookRegistry._hooks.pop(f"{_MODULE}.{name}", None)
         hooks.HookRegistry._patched.discard(f"{_MODULE}.{name}")
+    _unchecked.clear()
+
+
+def _look(result: None, config: Any, *args: Any, **kwargs: Any) -> None:
+    """Hook on the configuration of a model, which is made after plugins are loaded: is there anything to prune?"""
+    if _unchecked and not config.is_draft_model:
+        settings, rate = _unchecked.pop(), getattr(config.hf_config, "video_pruning_rate", None)
+        model = (config.hf_config.architectures or ["this model"])[0]
+        if rate is None:
+            video.warn_of_no_effect(settings, f"SGLang has no pruning for {model}", _logger)
+        elif rate == 0:
+            why = "give SGLang video_pruning_rate above 0 in the model's config.json or --json-model-override-args"
+            video.warn_of_no_effect(settings, why, _logger)

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from ..importance import minmax
 from ..reference.video import dissimilarity
 from ..selectors import maxmin_select, mis_select, mmr_select, topk_select
 from ..video import evs_select, vidcom2_select
+from . import versions
 
 METHODS = ("evs", "vidcom2", "mmr", "mis", "maxmin", "topk")
 IMPORTANCE = ("redundancy", "norm")
@@ -244,7 +245,10 @@ def start(engine: str, checked: str) -> Settings | None:
         raise SystemExit(f"flashprune: {error}") from None
     if settings is None:
         return None
-    found = version(engine)
+    try:
+        found = versions.found(engine)
+    except PackageNotFoundError:
+        found = "none"
     if re.split(r"\.?post|\+", found)[0] != checked and os.environ.get("FLASHPRUNE_UNCHECKED_ENGINE") != "1":
         raise SystemExit(
             f"flashprune: checked with {engine} {checked}, found {found}: set FLASHPRUNE_UNCHECKED_ENGINE=1 to try it, "
@@ -257,6 +261,11 @@ def announce(settings: Settings, logger: logging.Logger) -> None:
     rate = "the engine's rate" if settings.rate is None else f"rate {settings.rate:g} in place of the engine's"
     scores = f" by {settings.importance}" if "IMPORTANCE" in _OPTIONS.get(settings.method, ()) else ""
     logger.info("flashprune prunes videos: %s%s, %s, backend %s", settings.method, scores, rate, settings.backend)
+
+
+def warn_of_no_effect(settings: Settings, why: str, logger: logging.Logger) -> None:
+    """The engine's own settings or its model leave nothing to prune: its users must not believe otherwise."""
+    logger.warning("flashprune: %sMETHOD=%s is set, but no video will be pruned: %s", PREFIX, settings.method, why)
 
 
 def check_parameters(theirs: Callable[..., Any], ours: Callable[..., Any]) -> None:
