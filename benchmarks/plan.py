@@ -26,12 +26,12 @@ KEEP = 0.1
 
 @dataclass(frozen=True)
 class Wanted:
-    """Empty: the standard run. ``keep``: shares below 1, or counts. Preset and sizes exclude each other."""
+    """Empty: the standard run. ``keep``: floats are shares, ints counts. Preset and sizes exclude each other."""
 
     ops: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
     dim: int | None = None
-    keep: tuple[float, ...] = ()
+    keep: tuple[int | float, ...] = ()
     batch: tuple[int, ...] = ()
     dtype: str = "float32"
     preset: str | None = None
@@ -48,8 +48,8 @@ def cases(wanted: Wanted) -> list[Case]:
     if wanted.dim is not None and wanted.dim < 1:
         raise ValueError(f"dim must be at least 1, got {wanted.dim}")
     for keep in wanted.keep:
-        if not (0 < keep < 1 or (keep >= 0 and float(keep).is_integer())):
-            raise ValueError(f"keep must be shares below 1 or whole counts, got {keep:g}")
+        if not (isinstance(keep, int) or 0 < keep <= 1):
+            raise ValueError(f"keep must be shares up to 1.0 (floats) or counts (ints), got {keep:g}")
     sizes = (wanted.tokens, wanted.dim, wanted.keep, wanted.batch)
     if wanted.preset is not None:
         if wanted.preset not in PRESETS:
@@ -87,9 +87,11 @@ def _case(op: str, n: int, dim: int, k: int, batch: int, dtype: torch.dtype) -> 
     return Case(op, n, dim, k, dtype=dtype, batch=batch)
 
 
-def _kept(n: int, keep: float) -> int:
-    """A share below 1 as IDPruner rounds it, a count as it is; out of range where there are no tokens."""
-    return fp.budget(n, keep) if 0 < keep < 1 and n > 0 else int(keep)
+def _kept(n: int, keep: int | float) -> int:
+    """A share as IDPruner rounds it, a count as it is; nothing, which is out of range, where there are no tokens."""
+    if isinstance(keep, int):
+        return keep
+    return fp.budget(n, keep) if n > 0 else 0
 
 
 def _ops(names: Sequence[str]) -> tuple[str, ...]:

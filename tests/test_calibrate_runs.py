@@ -14,6 +14,7 @@ pytest.importorskip("transformers", minversion="5.19")
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tests.calibration import assert_same, fails, photo, run, succeeds
 
 from flashprune.integrations.transformers import Prior
@@ -164,6 +165,92 @@ def test_damaged_sums_are_refused(folders: dict[str, Path], photos: Path, tmp_pa
     out = tmp_path / "prior.safetensors"
     Path(f"{out}.partial").write_bytes(b"rubbish")
     assert "holds no sums of a stopped run" in fails(folders["llava"], "--images", photos, "--out", out)
+
+
+def rewritten(partial: Path, counts: dict[str, Any] | list[Any] | None, **tensors: torch.Tensor) -> None:
+    """Sums of a stopped run of which a part is another."""
+    with safe_open(partial, framework="pt") as archive:
+        metadata = archive.metadata()
+        held = {name: archive.get_tensor(name) for name in ("total", "planes")}
+    if counts is not None:
+        metadata["counts"] = json.dumps(counts)
+    save_file(held | tensors, partial, metadata)
+
+
+@pytest.mark.parametrize(
+    ("counts", "complaint"),
+    [
+        ({"files": -3, "images": -3, "skipped": 0}, "files=-3 must be a count of at most 7 files"),
+        ({"files": 10**6, "images": 10**6, "skipped": 0}, "files=1000000 must be a count of at most 7 files"),
+        ({"files": 2, "images": True, "skipped": 1}, "images=True must be a count"),
+        ({"files": 2.0, "images": 2, "skipped": 0}, "files=2.0 must be a count"),
+        ({"files": "2", "images": 2, "skipped": 0}, "files='2' must be a count"),
+        ({"files": 2, "images": 2, "skipped": 3}, "2 files are not 2 images and 3 skipped"),
+        ({"files": 3, "images": 3, "skipped": 0}, "planes [2, 0] cannot be those of 3 images"),
+        ({"files": 2, "images": 0, "skipped": 2}, "planes [2, 0] cannot be those of 0 images"),
+        ({"files": 2, "images": 2}, "counts of files, images, not of files, images and skipped"),
+        ({"files": 2, "images": 2, "skipped": 0, "sums": 1}, "not of files, images and skipped"),
+        ([1, 2], "--restart drops it"),
+    ],
+)
+def test_counts_that_cannot_be_are_refused(
+    folders: dict[str, Path], photos: Path, stopped: Path, counts: Any, complaint: str
+) -> None:
+    rewritten(Path(f"{stopped}.partial"), counts)
+    line = fails(folders["llava"], "--images", photos, "--out", stopped)
+    assert f"{stopped}.partial holds no sums of a stopped run, --restart drops it: " in line and complaint in line
+    assert not stopped.exists()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "complaint"),
+    [
+        (
+            {"total": torch.zeros(2, 4, 4, dtype=torch.float64)},
+            "total must be float64 [2, 8, 8], got float64 [2, 4, 4]",
+        ),
+        ({"total": torch.zeros(2, 8, 8)}, "total must be float64 [2, 8, 8], got float32 [2, 8, 8]"),
+        ({"planes": torch.tensor([2])}, "planes must be int64 [2], got int64 [1]"),
+        ({"total": torch.full((2, 8, 8), torch.nan, dtype=torch.float64)}, "finite and not negative everywhere"),
+        ({"total": torch.full((2, 8, 8), -1.0, dtype=torch.float64)}, "finite and not negative everywhere"),
+        ({"planes": torch.tensor([2, -1])}, "planes [2, -1] cannot be those of 2 images"),
+    ],
+)
+def test_sums_of_another_kind_are_refused(
+    folders: dict[str, Path], photos: Path, stopped: Path, tensors: dict[str, torch.Tensor], complaint: str
+) -> None:
+    rewritten(Path(f"{stopped}.partial"), None, **tensors)
+    line = fails(folders["llava"], "--images", photos, "--out", stopped)
+    assert complaint in line and "--restart" in line
+    assert not stopped.exists()
+
+
+def test_a_prior_to_standard_output(
+    folders: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of a run that stops lie in the current folder then."""
+    arguments, file = (folders["llava"], "--images", photos, "--out"), tmp_path / "prior.safetensors"
+    succeeds(*arguments, file)
+    folder = tmp_path / "current"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with monkeypatch.context() as patched:
+        stopped_after(patched, 2, KeyboardInterrupt())
+        assert run(*arguments, "-").exit_code == 130
+    assert [path.name for path in folder.iterdir()] == ["prior.safetensors.partial"]
+    result = run(*arguments, "-")
+    assert result.exit_code == 0 and "wrote standard output" in result.stderr
+    assert not list(folder.iterdir())
+    (tmp_path / "piped.safetensors").write_bytes(result.stdout_bytes)
+    assert_same(tmp_path / "piped.safetensors", file)
+
+
+def test_a_prior_keeps_the_mode_of_its_file(folders: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "prior.safetensors"
+    out.touch()
+    out.chmod(0o600)
+    succeeds(folders["llava"], "--images", photos, "--out", out, "--limit", 1)
+    assert out.stat().st_mode & 0o777 == 0o600 and Prior.load(out).metadata["images"] == 1
 
 
 def test_sums_of_another_number_of_processes_are_refused(

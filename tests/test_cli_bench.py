@@ -142,10 +142,14 @@ def test_compare_refuses_what_cannot_be_compared(results, tmp_path):
         (("--tokens", "8", "--dim", "0"), "--dim must be at least 1, got 0"),
         (("--tokens", "8", "--batch", "-1", "--op", "mis"), "--batch must be at least 1, got -1"),
         (("--tokens", "8", "--keep", "9"), "--keep must give 1 to N=8 tokens, got 9"),
-        (("--tokens", "8", "--keep", "0"), "--keep must give 1 to N=8 tokens, got 0"),
-        (("--keep", "nan"), "--keep must be shares below 1 or whole counts, got nan"),
-        (("--keep", "0.1,1.5"), "--keep must be shares below 1 or whole counts, got 1.5"),
-        (("--keep", "-0.5"), "--keep must be shares below 1 or whole counts, got -0.5"),
+        (
+            ("--tokens", "8", "--keep", "0"),
+            "--keep must be a share above 0 and up to 1.0, or a count of 1 or more; got 0",
+        ),
+        (("--keep", "nan"), "or a count of 1 or more; got nan"),
+        (("--keep", "0.1,1.5"), "or a count of 1 or more; got 1.5"),
+        (("--keep", "2.0"), "or a count of 1 or more; got 2.0"),
+        (("--keep", "-0.5"), "or a count of 1 or more; got -0.5"),
         (("--dtype", "int8"), "--dtype must be one of float32, bfloat16, float16; got int8"),
         (("--preset", "gpt"), "--preset must be one of llava-1.5"),
         (("--preset", "llava-1.5", "--tokens", "8"), "--preset sets tokens"),
@@ -249,8 +253,30 @@ def test_an_interrupted_run_keeps_what_it_has(monkeypatch, tmp_path):
 
     monkeypatch.setattr(command.sweep.Sweep, "row", row)
     result = run("--op", "topk", "--tokens", "24,48,96", *QUICK, "--out", tmp_path)
+    assert result.exit_code == 130
     assert "interrupted: 1 of 3 cases were raced" in result.stderr
     assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 1
+
+
+@pytest.mark.parametrize("where", ["floor.measure", "sweep.Sweep.row"])
+def test_a_run_that_is_interrupted_at_once_leaves_what_was_there(monkeypatch, tmp_path, where):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    (tmp_path / "results.json").write_text("earlier")
+    monkeypatch.setattr(f"{command.floor.__package__}.{where}", interrupted)
+    result = run("--op", "topk", "--tokens", "24", *QUICK, "--out", tmp_path)
+    assert result.exit_code == 130
+    assert (tmp_path / "results.json").read_text() == "earlier"
+
+
+@pytest.mark.parametrize(("keep", "k"), [("1.0", 24), ("1", 1), ("50%", 12), ("7", 7)])
+def test_keep_means_what_it_means_elsewhere(tmp_path, keep, k):
+    options = [option for option in QUICK if option not in ("--keep", 0.25)]
+    result = run("--op", "topk", "--tokens", "24", *options, "--keep", keep, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert row["case"]["k"] == k
 
 
 def test_a_file_that_cannot_be_written_leaves_none_half_written(monkeypatch, tmp_path):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from rich.console import Console
 
 import flashprune as fp
@@ -18,8 +19,9 @@ from ..benchmarks import floor, memory, plan, results, sweep, table
 from ..benchmarks.cases import Case
 from ..benchmarks.race import OURS
 from . import console
-from .console import InputError
-from .files import write_whole
+from .console import INTERRUPTED, InputError
+from .files import check_folder_name, write_whole
+from .variants import read_keep
 
 MEMORY_OPS = ("mmr", "mis", "maxmin", "dpp")  # whose peers hold N×N matrices
 
@@ -49,7 +51,8 @@ class Options:
 def bench(options: Options) -> bool:
     """Race, print, write; whether flashprune was right everywhere and nowhere slower than ``compare`` allows.
 
-    Raises InputError for options that make no sense; a size that fails is a row of the table instead.
+    Raises InputError for options that make no sense; a size that fails is a row of the table instead. A run that the
+    user interrupts prints and writes what it has, and exits with 130.
     """
     cases = _cases(options)
     backends = _backends(options)
@@ -57,12 +60,16 @@ def bench(options: Options) -> bool:
     if options.out is not None:
         _prepare(options.out)
     screen = console.stdout()
-    rows, measured = _run(options, cases, backends)
+    rows, measured, interrupted = _run(options, cases, backends)
+    if interrupted and not rows:
+        raise typer.Exit(INTERRUPTED)
     settings = {"backends": backends, "seconds": options.seconds, "limit": options.limit, "preset": options.preset}
     found = results.document(rows, measured, options.device, settings)
     _print(screen, found)
     if options.out is not None:
         _write(screen, options.out, found)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
     slower = old is not None and _compare(screen, old, found, options.ratio)
     wrong = [v for row in rows for v in row["variants"] if v["kind"] == "flashprune" and v["status"] == "failed"]
     return not wrong and not slower
@@ -77,7 +84,7 @@ def _cases(options: Options) -> list[Case]:
         ops=tuple(_split("op", options.op, str)),
         tokens=tuple(_split("tokens", options.tokens, int)),
         dim=options.dim,
-        keep=tuple(_split("keep", options.keep, float)),
+        keep=tuple(_split("keep", options.keep, read_keep)),
         batch=tuple(_split("batch", options.batch, int)),
         dtype=options.dtype,
         preset=options.preset,
@@ -100,7 +107,7 @@ def _impossible(case: Case) -> str:
     return ""
 
 
-def _split(name: str, text: str | None, kind: type) -> list[Any]:
+def _split(name: str, text: str | None, kind: Callable[[str], Any]) -> list[Any]:
     if text is None:
         return []
     try:
@@ -131,8 +138,10 @@ def _backends(options: Options) -> list[str]:
     return list(dict.fromkeys(asked))
 
 
-def _run(options: Options, cases: Sequence[Case], backends: list[str]) -> tuple[list[dict[str, Any]], Any]:
+def _run(options: Options, cases: Sequence[Case], backends: list[str]) -> tuple[list[dict[str, Any]], Any, bool]:
+    """What was raced, what the machine can do, and whether the user ended it."""
     rows: list[dict[str, Any]] = []
+    interrupted = False
     with console.progress() as progress:
         bar = progress.add_task("measuring the machine", total=len(cases))
         measured = floor.measure(options.device, cases[0].dtype)
@@ -146,7 +155,8 @@ def _run(options: Options, cases: Sequence[Case], backends: list[str]) -> tuple[
         except KeyboardInterrupt:
             screen = Console(stderr=True)
             screen.print(f"interrupted: {len(rows)} of {len(cases)} cases were raced", markup=False)
-    return rows, measured
+            interrupted = True
+    return rows, measured, interrupted
 
 
 def _measure_memory(cases: Sequence[Case], rows: list[dict[str, Any]], backend: str, began: Any) -> None:
@@ -201,6 +211,7 @@ def _print_table(screen: Console, title: str, columns: Sequence[str], rows: Any)
 
 def _prepare(out: Path) -> None:
     """The folder, before any work is done."""
+    check_folder_name(out, "--out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".probe"

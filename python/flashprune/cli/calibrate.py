@@ -25,7 +25,8 @@ from torch import Tensor, distributed
 import flashprune
 
 from . import console, files
-from .console import InputError
+from .console import INTERRUPTED, InputError
+from .images import read_image
 from .models import batch_inputs, load
 from .select import parse_grid
 
@@ -77,10 +78,7 @@ def calibrate(options: Options) -> None:
         if ranks.rank == 0:
             metadata = run.facts | {"images": images, "skipped": skipped + others, "version": flashprune.__version__}
             prior = run.prior(total, planes, metadata)
-            try:
-                prior.save(options.out)
-            except OSError as error:
-                raise InputError(f"cannot write {options.out}: {error.strerror or error}") from None
+            files.write_whole(options.out, prior.packed())
             _print_summary(prior, options.out, skipped, others)
         ranks.wait()
         run.partial.unlink(missing_ok=True)
@@ -174,14 +172,15 @@ class _Done:
         files.write_whole(path, save(tensors, {"settings": json.dumps(settings), "counts": json.dumps(counts)}))
 
     @classmethod
-    def load(cls, path: Path, settings: dict[str, Any]) -> _Done:
+    def load(cls, path: Path, settings: dict[str, Any], files: int, empty: Sums) -> _Done:
+        """What `save` wrote, of a run with the same settings over so many files, whose sums began as these."""
         from safetensors import safe_open
 
         from ..integrations.transformers.calibration import Sums
 
         try:
             with safe_open(path, framework="pt") as archive:
-                found, counts = (json.loads(archive.metadata()[name]) for name in ("settings", "counts"))
+                found, counts = (dict(json.loads(archive.metadata()[name])) for name in ("settings", "counts"))
                 sums = Sums(archive.get_tensor("total"), archive.get_tensor("planes"))
         except Exception as error:  # any file may be there
             raise InputError(f"{path} holds no sums of a stopped run, --restart drops it: {error}") from None
@@ -189,7 +188,35 @@ class _Done:
             if found.get(name) != wanted:
                 differ = "other images" if name == "files" else f"{name} {found.get(name)}, not {wanted}"
                 raise InputError(f"{path} is of a run with {differ}: give that again, or --restart to drop it")
+        if problem := _count_problem(counts, files) or _sum_problem(sums, empty, counts["images"]):
+            raise InputError(f"{path} holds no sums of a stopped run, --restart drops it: {problem}")
         return cls(**counts, sums=sums)
+
+
+def _count_problem(counts: dict[str, Any], files: int) -> str:
+    """Why these cannot be what was counted on the way through so many files; empty if they can."""
+    if counts.keys() != {"files", "images", "skipped"}:
+        return f"counts of {', '.join(counts) or 'nothing'}, not of files, images and skipped"
+    for name, count in counts.items():
+        if type(count) is not int or not 0 <= count <= files:
+            return f"{name}={count!r} must be a count of at most {files} files"
+    if counts["files"] != counts["images"] + counts["skipped"]:
+        return f"{counts['files']} files are not {counts['images']} images and {counts['skipped']} skipped"
+    return ""
+
+
+def _sum_problem(sums: Sums, empty: Sums, images: int) -> str:
+    """Why these cannot be the sums of so many images; empty if they can."""
+    for name in ("total", "planes"):
+        found, like = getattr(sums, name), getattr(empty, name)
+        if found.dtype != like.dtype or found.shape != like.shape:
+            wanted, got = (f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in (like, found))
+            return f"{name} must be {wanted}, got {got}"
+    if not bool((sums.total.isfinite() & (sums.total >= 0)).all()):
+        return "total must be attention: finite and not negative everywhere"
+    if bool((sums.planes < 0).any()) or int(sums.planes[0]) < images or (images == 0 and bool(sums.planes.any())):
+        return f"planes {sums.planes.tolist()} cannot be those of {images} images"
+    return ""
 
 
 class _Run:
@@ -226,7 +253,7 @@ class _Run:
         elif others:
             raise InputError(f"{others[0]} is of a run with another number of processes: --restart drops it")
         elif self.partial.exists():
-            self.start = _Done.load(self.partial, self.settings)
+            self.start = _Done.load(self.partial, self.settings, len(self.paths), self.start.sums)
 
     def read_all(self) -> _Done:
         """Read every image of this process that is not read yet, and keep the sums whatever happens meanwhile."""
@@ -250,7 +277,7 @@ class _Run:
         except KeyboardInterrupt:
             if self.ranks.rank == 0:
                 typer.echo(f"stopped after {done.files} of {len(self.paths)} images; run it again to go on", err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(INTERRUPTED) from None
         finally:
             reader.remove()
             if done.files > kept.files:
@@ -281,7 +308,7 @@ class _Run:
         from PIL import Image
 
         try:
-            return Image.fromarray(files.read_image(path))
+            return Image.fromarray(read_image(path))
         except InputError as error:
             self.complaint = self.complaint or str(error)
             return None
@@ -309,15 +336,21 @@ class _Run:
 
 
 def _partial(out: Path, rank: int, world: int) -> Path:
-    """Where a process keeps its sums."""
+    """Where a process keeps its sums: beside the result, in the current folder where that goes into no file."""
     share = "" if world == 1 else f".{rank + 1}-of-{world}"
+    out = _beside(out)
     return Path(f"{out}{share}.partial")
 
 
 def _partials_of_other_worlds(out: Path, world: int) -> list[Path]:
     ours = {_partial(out, rank, world) for rank in range(world)}
+    out = _beside(out)
     alike = re.compile(re.escape(out.name) + r"(\.\d+-of-\d+)?\.partial")
     return sorted(path for path in out.parent.iterdir() if alike.fullmatch(path.name) and path not in ours)
+
+
+def _beside(out: Path) -> Path:
+    return out if files.is_regular(out) else Path(Options.out.name)
 
 
 @contextmanager
@@ -343,6 +376,6 @@ def _print_summary(prior: Prior, out: Path, unusable: int, others: int) -> None:
             cells.append(f"{ratio:.2f} x mean at ({place // w}, {place % w})")
         table.add_row(*cells)
     table.caption = f"Grid {h}x{w}, rows and columns from 0. Skipped: unusable images {unusable}, other files {others}."
-    screen = console.stdout()
+    screen = files.screen(out)
     screen.print(table)
-    screen.print(f"wrote {out}", soft_wrap=True)
+    screen.print(f"wrote {files.name_of(out)}", soft_wrap=True)

@@ -109,9 +109,14 @@ def select(
         str | None,
         typer.Option(metavar="ROWSxCOLS", help="Patches of the image; about 576 by its aspect ratio when not given."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="PNG", help="Write a picture, dropped patches faded.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Write a picture, dropped patches faded; - is standard output.")
+    ] = None,
     json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write indices, settings, latency and versions as JSON.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write indices, settings, latency and versions as JSON; - is standard output."
+        ),
     ] = None,
     backend: Backend = BackendName.auto,
 ) -> None:
@@ -174,7 +179,7 @@ def bench(
     ] = None,
     tokens: Annotated[str | None, typer.Option(metavar="N,...", help="Token counts.")] = None,
     dim: Annotated[int | None, typer.Option(metavar="D", help="Features of a token.")] = None,
-    keep: Annotated[str | None, typer.Option(metavar="RATIOS", help="Shares below 1, or counts.")] = None,
+    keep: Annotated[str | None, typer.Option(metavar="RATIOS", help="Shares (0.25 or 25%) or counts (64).")] = None,
     batch: Annotated[str | None, typer.Option(metavar="B,...", help="Images at a time.")] = None,
     dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16.")] = "float32",
     preset: Annotated[

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+INTERRUPTED = 130  # the exit code after Ctrl-C
 P = ParamSpec("P")
 R = TypeVar("R")
 

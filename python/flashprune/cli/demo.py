@@ -47,6 +47,7 @@ def demo(out: Path, backend: str) -> None:
 
     Raises InputError when the folder or the picture cannot be written, or a photograph is missing.
     """
+    files.check_folder_name(out, "--out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

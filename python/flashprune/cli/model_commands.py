@@ -88,7 +88,9 @@ def profile(
     device: Device = "cpu",
     dtype: Dtype = "auto",
     runs: Annotated[int, typer.Option(metavar="N", min=1, help="Timed runs of each variant.")] = 5,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every run and the machine as JSON.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every run and the machine as JSON; - is stdout.")
+    ] = None,
 ) -> None:
     from .profile import Options
     from .profile import profile as run
@@ -113,7 +115,9 @@ def calibrate(
     layer: Annotated[int, typer.Option(metavar="L", min=0, help="Of the LLM, from 0: that of prune().")] = 1,
     prompt: Prompt = "Describe the image.",
     limit: Annotated[int, typer.Option(metavar="N", min=1, help="The first N images of the folder.")] = 1000,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The prior, .safetensors.")] = Path("prior.safetensors"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The prior, .safetensors; - is stdout.")] = Path(
+        "prior.safetensors"
+    ),
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Images at a time.")] = 1,
     grid: Annotated[
         str | None,

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from . import console, files, variants
 from .console import InputError
+from .images import read_image
 from .models import load, prompt_inputs
 
 if TYPE_CHECKING:
@@ -74,11 +75,11 @@ def profile(options: Options) -> None:
             model, batch, [Variant(), *chosen], runs=options.runs, progress=lambda: progress.advance(bar)
         )
     found = document(options, model, inputs, source, profiles)
-    screen = console.stdout()
+    screen = files.screen(options.json)
     _print(screen, found, profiles)
     if options.json is not None:
         files.write_whole(options.json, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
-        screen.print(f"JSON: {options.json}", soft_wrap=True)
+        screen.print(f"JSON: {files.name_of(options.json)}", soft_wrap=True)
 
 
 def document(options: Options, model: Any, inputs: Any, source: str, profiles: Sequence[Profile]) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def _pixels(options: Options) -> tuple[np.ndarray, str]:
     if options.image is not None and options.random_image is not None:
         raise InputError("--image and --random-image are two images: give one")
     if options.image is not None:
-        pixels = files.read_image(options.image)
+        pixels = read_image(options.image)
         return pixels, f"{options.image.name}, {pixels.shape[1]}x{pixels.shape[0]}"
     size = options.random_image or "640x480"
     match = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", size)

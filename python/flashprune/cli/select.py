@@ -15,8 +15,9 @@ from rich.table import Table
 
 import flashprune as fp
 
-from . import console, draw, files
+from . import console, draw, features, files
 from .console import InputError
+from .images import read_image
 from .photos import patch_features, stand_in_importance
 from .runs import METHODS, Run, Tokens, run, serving_device
 from .variants import read_keep
@@ -47,11 +48,9 @@ def select(
         files.check_output(out, "--out", path, suffix=".png")
     if json_path is not None:
         files.check_output(json_path, "--json", path, out)
-    source = _read(path, grid)
+    source = _read(path, grid, method)
     n = source.tokens.features.shape[0]
     k = parse_keep(keep, n)
-    if METHODS[method].needs_importance and source.tokens.importance is None:
-        raise InputError(f"{path} has no entry named importance, which {method} needs (divprune works without)")
     if out is not None and source.grid is None:
         raise InputError(f"--out needs a grid: {path} has no entry named grid (give --grid ROWSxCOLS)")
     timed = run(method, source.tokens, k, backend)
@@ -88,20 +87,20 @@ def parse_grid(grid: str) -> tuple[int, int]:
     return rows, cols
 
 
-def _read(path: Path, grid: str | None) -> Source:
+def _read(path: Path, grid: str | None, method: str) -> Source:
     asked = parse_grid(grid) if grid is not None else None
     device = serving_device()
-    if path.suffix.lower() in files.FEATURE_SUFFIXES:
-        held = files.read_features(path)
+    if path.suffix.lower() in features.SUFFIXES:
+        held = features.read_features(path, method if METHODS[method].needs_importance else "")
         n = held.features.shape[0]
         if asked is not None and asked[0] * asked[1] != n:
             raise InputError(f"--grid {grid} has {asked[0] * asked[1]} patches, but {path} holds N={n} tokens")
         importance = None if held.importance is None else held.importance.to(device)
         return Source(Tokens(held.features.to(device), importance), asked or held.grid, None, False)
-    image = files.read_image(path)
+    image = read_image(path)
     cut = asked or _grid_of(image)
-    features = patch_features(image, cut, _DIM).to(device)
-    return Source(Tokens(features, stand_in_importance(image, cut).to(device)), cut, image, True)
+    tokens = Tokens(patch_features(image, cut, _DIM).to(device), stand_in_importance(image, cut).to(device))
+    return Source(tokens, cut, image, True)
 
 
 def _grid_of(image: np.ndarray) -> tuple[int, int]:
@@ -126,21 +125,21 @@ def _picture(source: Source, kept: torch.Tensor) -> np.ndarray:
 
 
 def _report(path: Path, method: str, keep: str, source: Source, timed: Run) -> dict[str, Any]:
-    features = source.tokens.features
+    tokens = source.tokens.features
     return {
         "method": method,
         "settings": dict(METHODS[method].settings),
         "input": str(path),
         "stand_in_features": source.stand_in,
-        "n": features.shape[0],
-        "dim": features.shape[1],
-        "dtype": str(features.dtype).removeprefix("torch."),
+        "n": tokens.shape[0],
+        "dim": tokens.shape[1],
+        "dtype": str(tokens.dtype).removeprefix("torch."),
         "keep": keep,
         "k": timed.indices.shape[0],
         "grid": None if source.grid is None else list(source.grid),
         "indices": timed.indices.tolist(),
         "backend": timed.backend,
-        "device": str(features.device),
+        "device": str(tokens.device),
         "latency_ms": timed.latency_ms,
         "latency_runs": timed.runs,
         "versions": {"flashprune": fp.__version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -154,21 +153,21 @@ def _json(report: dict[str, Any]) -> bytes:
 
 
 def _print(path: Path, method: str, source: Source, timed: Run, out: Path | None, json_path: Path | None) -> None:
-    screen = console.stdout()
+    screen = files.screen(out, json_path)
     if source.stand_in:
         screen.print("No model runs here: patch features and importance stand in for a model's.", soft_wrap=True)
-    features, importance = source.tokens
+    importance = source.tokens.importance
     facts = {
         "input": str(path),
         "method": METHODS[method].label,
         "grid": "not known" if source.grid is None else "x".join(map(str, source.grid)),
-        "kept": f"{timed.indices.shape[0]} of {features.shape[0]} tokens",
+        "kept": f"{timed.indices.shape[0]} of {len(source.tokens.features)} tokens",
         "latency": f"{timed.latency_ms:.2f} ms, median of {timed.runs}",
         "backend": timed.backend,
     }
     if importance is not None and bool((importance.isfinite() & (importance >= 0)).all()):
         facts["importance kept"] = f"{fp.metrics.importance_retention(importance, timed.indices):.1%}"
-    facts |= {name: str(file) for name, file in (("picture", out), ("JSON", json_path)) if file is not None}
+    facts |= {name: files.name_of(file) for name, file in (("picture", out), ("JSON", json_path)) if file is not None}
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import console, draw, files, page, runs, variants
 from .console import InputError
+from .images import read_image
 from .models import load, prompt_inputs
 from .planes import Panel, panels
 from .profile import digits, spread
@@ -85,7 +86,7 @@ def view(options: Options) -> None:
     from PIL import Image
 
     _check_folder(options.out, options.image)
-    image = Image.fromarray(files.read_image(options.image))
+    image = Image.fromarray(read_image(options.image))
     chosen = variants.make(options.methods, options.keeps, options.scorer, options.importance, options.prior)
     model, processor = load(options.model, options.device, options.dtype)
     variants.try_on(model, chosen)
@@ -141,6 +142,7 @@ def agreement(answer: Answer, whole: Answer) -> str:
 
 def _check_folder(out: Path, image: Path) -> None:
     """Refuse a folder that cannot be made or written, before any work is done."""
+    files.check_folder_name(out, "--out")
     if out.is_dir():
         for name in (PICTURE, PAGE):
             files.check_output(out / name, "--out", image)

@@ -7,13 +7,13 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...importance import resize_prior
+from ...outputs import write_whole
 from .tokens import Item
 
 _METADATA = ("model", "layer", "grid", "images", "skipped", "prompt", "version")
@@ -45,15 +45,14 @@ class Prior:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all."""
+        write_whole(path, self.packed())
+
+    def packed(self) -> bytes:
+        """What `save` writes."""
         from safetensors.torch import save
 
         text = {name: json.dumps(value) for name, value in self.metadata.items()}
-        part = Path(f"{os.fspath(path)}.part")
-        try:
-            part.write_bytes(save({"prior": self.maps.contiguous()}, metadata=text))
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        return save({"prior": self.maps.contiguous()}, metadata=text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Prior:
