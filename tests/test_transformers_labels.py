@@ -3,6 +3,7 @@
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from tests import vlm
 from tests.vlm import TOLERANCE
 
 from flashprune.integrations.transformers import prune
+from flashprune.integrations.transformers.outputs import Asked
+from flashprune.integrations.transformers.prefill import Cut
 
 pytestmark = pytest.mark.filterwarnings("ignore:the prior's .* map is resized")
 
@@ -243,6 +246,16 @@ def test_the_models_own_loss_is_used_and_given_back() -> None:
     with pruned(model, "divprune"):
         model.loss_function = len  # what is set meanwhile stays
     assert model.loss_function is len
+
+
+def test_a_head_on_another_device() -> None:
+    """As accelerate may place it; the meta device, which computes nothing, stands for it."""
+    goes_on = torch.tensor([[True, False, True, True]])
+    index = torch.tensor([[0, 2, 3]])
+    cut = Cut(index, torch.ones_like(index, dtype=torch.bool), goes_on, ~goes_on, torch.tensor([0]), False)
+    asked = Asked(vlm.built("llava")[0], {"logits_to_keep": torch.tensor([0, -1])})
+    asked.prefill = SimpleNamespace(cut=cut)  # type: ignore[assignment]
+    assert asked.states(torch.zeros(1, 3, 8, device="meta")).shape == (1, 2, 8)
 
 
 def test_a_head_that_is_not_called_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,7 @@ def test_an_unpruned_model_refuses_the_cache() -> None:
         found = generate(model, batch, 2, past_key_values=static(model, 200))
     ids = torch.cat([found.sequences, torch.tensor([[5, 6]])], dim=1)
     turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": found.past_key_values}
-    with pytest.raises(ValueError, match="only a pruned model can continue it"):
+    with pytest.raises(ValueError, match="only a model pruned from there can continue it"):
         generate(model, turn, 2)
     assert "create_masks_for_generate" not in vars(model)
 

@@ -140,8 +140,8 @@ class PrunedCache(Cache):
     def _check_lent(self) -> None:
         if not self.lent:
             raise ValueError(
-                f"the cache lacks {self.pruned.removed} of {self.get_seq_length()} tokens, which were pruned: only a "
-                "pruned model can continue it; call prune() with the same method and layer, or start a new cache"
+                f"the cache was pruned from layer {self.pruned.first_layer} on: only a model pruned from there can "
+                "continue it; call prune() with the same method and layer, or start a new cache"
             )
 
 

@@ -73,11 +73,12 @@ class Asked:
 
 def _at(states: Tensor, wanted: Tensor, cut: Cut | None) -> Tensor:
     """Of `[B, L', D]`, what stood at the columns `[n]` or `[B, n]`, or where a mask `[L]` or `[B, L]` is true."""
+    wanted = wanted.to(states.device if cut is None else cut.goes_on.device)  # models may be spread over devices
     if wanted.dtype == torch.bool and wanted.dim() == 2:
-        if cut is None:
-            return states[wanted]
-        _check("logits_to_keep", wanted & ~cut.goes_on)
-        return states[cut.take(wanted & cut.goes_on).to(states.device)]
+        if cut is not None:
+            _check("logits_to_keep", wanted & ~cut.goes_on)
+            wanted = cut.take(wanted & cut.goes_on)
+        return states[wanted.to(states.device)]
     if wanted.dtype == torch.bool:
         wanted = wanted.nonzero().flatten()
     wanted = wanted.expand(len(states), -1)
