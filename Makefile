@@ -12,12 +12,13 @@ STARTED := $(shell date +%s)
 # Says what is going on, after how many seconds.
 SAY = @printf '==== %s (at %d s)\n' $(1) $$(( $$(date +%s) - $(STARTED) ))
 
-.PHONY: help demo test bench docs lint build wheel install clean
+.PHONY: help demo test test-all bench docs lint build wheel install clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    prune the tokens of photographs with every method, into demo/"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests, but for minutes of compiling kernels for every GPU"
+	@echo "make test-all  run those too"
 	@echo "make bench   time everything beside the published loops, into bench/: about ten minutes"
 	@echo "make lint    check format, lint and types"
 	@echo "make docs    the documentation, into build/site"
@@ -33,6 +34,10 @@ demo: $(if $(wildcard $(VENV)/installed),$(VENV)/installed,$(VENV)/usable)
 
 # A process a core, one thread each: two processes with two threads each wait for one another.
 test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not exhaustive"
+	@echo "Left out: every form of the Triton kernels, compiled for every GPU; the largest were. make test-all does it"
+
+test-all: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 bench: $(if $(wildcard $(VENV)/installed),$(VENV)/installed,$(VENV)/usable)

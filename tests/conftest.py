@@ -12,6 +12,15 @@ if not torch.cuda.is_available():  # before Triton is imported: its kernels then
 import flashprune as fp
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests have found out of kernels, as one table, whichever process ran them."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    rows = sorted(row for report in reports for name, row in report.user_properties if name == "resources")
+    if rows:
+        columns = ("kernel", "form", "GPU", "registers a thread", "shared memory, KiB", "tensor cores")
+        terminalreporter.write_line("\n".join(("", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows)))
+
+
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that runs on this machine's CPU; the same test holds for all."""

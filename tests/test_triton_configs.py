@@ -13,7 +13,7 @@ from flashprune.triton_kernels import configs, mis, similarity
 
 from inputs import BY_NAME, exact, gaussian
 
-WIDE = {"BLOCK_N": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 4}
+WIDE = configs.choose("cosines", "bf16", "datacenter", 5000)
 
 
 @pytest.mark.parametrize("kind", configs.TABLE)

@@ -104,7 +104,7 @@ def test_ranges_of_keys(device, keys):
 
 
 def test_a_range_a_program_grows_with_the_keys(device, monkeypatch):
-    tile = {"MAX_SPLITS": 2, "BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    tile = configs.choose("query few", "fp32", "consumer", 64) | {"MAX_SPLITS": 2}
     monkeypatch.setattr(kernels, "config", lambda kind, *size: tile if "query" in kind else configs.config(kind, *size))
     check(*random_qk(device, 1, 321, heads=2, kv_heads=1))
 

@@ -14,21 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import EVERY, config
+from .configs import config
+from .launch import INTERPRETED, cdiv, kernel
 from .order import product
-from .similarity import (
-    ALIGNED,
-    COSINES,
-    INTERPRETED,
-    ROWS,
-    cosine_config,
-    inverse_norms,
-    segment_bounds,
-    segment_starts,
-    strided_rows,
-    token_cosines,
-)
-from .variants import Variant, variants_of
+from .similarity import cosine_config, inverse_norms, segment_bounds, segment_starts, strided_rows, token_cosines
 
 PROXIMITIES = ("chebyshev", "gaussian", "linear")
 COSINE_MARGIN = tl.constexpr(1e-4)  # how far rounding may carry a cosine above 1
@@ -85,6 +74,7 @@ def edge_tile(
     diagonal,
     SPATIAL: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Whether ``alpha * (scale * cosine + offset) + beta * proximity > threshold``; without `SPATIAL` alpha is 1."""
@@ -100,7 +90,7 @@ def edge_tile(
     if possible:
         cosines = token_cosines(
             x_ptr, inverse_ptr, tokens_m, tokens_n, mask_m, mask_n, per_item, item_stride, row_stride, D,
-            BLOCK_D, UPCAST,
+            BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
         weights = scale * cosines + offset
         if SPATIAL:  # again: kept through the products it would take registers that they need
@@ -118,7 +108,7 @@ def pack_bits(bits):
     return tl.sum(bits << tl.arange(0, 32)[None, :], 1)
 
 
-@triton.jit
+@kernel
 def diagonal_kernel(positions_ptr, cu_ptr, out_ptr, T, BLOCK_N: tl.constexpr):
     """Diagonal of the box around a segment's places, one program a segment."""
     start, end = segment_bounds(cu_ptr, tl.program_id(0), T)
@@ -140,7 +130,7 @@ def diagonal_kernel(positions_ptr, cu_ptr, out_ptr, T, BLOCK_N: tl.constexpr):
     tl.store(out_ptr + tl.program_id(0), tl.sqrt_rn(height * height + width * width))
 
 
-@triton.jit
+@kernel
 def adjacency_kernel(
     x_ptr,
     inverse_ptr,
@@ -169,6 +159,7 @@ def adjacency_kernel(
     SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Edges between candidates of one panel of a segment's order: a row of bits each, towards the earlier ones."""
@@ -188,7 +179,7 @@ def adjacency_kernel(
         edges = edge_tile(
             x_ptr, inverse_ptr, positions_ptr, tokens_m, tokens_n, mask_m, mask_n, per_item, item_stride, row_stride,
             D, scale, offset, alpha, beta, threshold, kind, radius, temporal_radius, falloff, diagonal,
-            SPATIAL, BLOCK_D, UPCAST,
+            SPATIAL, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
         packed = tl.reshape(pack_bits(tl.reshape(edges, [BLOCK_N * BLOCK_N // 32, 32])), [BLOCK_N, BLOCK_N // 32])
         offs_w = column * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
@@ -243,11 +234,11 @@ class Graph:
             diagonal_kernel[(len(out),)](self.positions, self.starts, out, self.tokens, **config("diagonal", out))
         return out
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, diagonals: Tensor, panel: tuple[int, ...]) -> None:
-        """Run ``kernel`` on (features, norms, positions, diagonals, *args, *panel, shapes and settings)."""
+    def launch(self, stage: Any, grid: tuple[int, ...], *args: Any, diagonals: Tensor, panel: tuple[int, ...]) -> None:
+        """Run kernel ``stage`` on (features, norms, positions, diagonals, *args, *panel, shapes and settings)."""
         _, per_item, item_stride, row_stride = strided_rows(self.features)
         places = self.starts if self.positions is None else self.positions
-        kernel[grid](
+        stage[grid](
             self.features, self.inverse, places, diagonals, *args, *panel, self.tokens, per_item, item_stride,
             row_stride, self.features.shape[-1], *self.settings, self.positions is not None, **self.tile,
             UPCAST=INTERPRETED,
@@ -261,31 +252,8 @@ def adjacency(graph: Graph, order: Tensor, left: Tensor, bits: Tensor, diagonals
     of the panel, meant only where j comes before i. Segments with nothing ``left`` to pick are passed over.
     """
     words = bits.shape[1]
-    tiles = triton.cdiv(min(32 * words, graph.tokens), graph.tile["BLOCK_N"])
+    tiles = cdiv(min(32 * words, graph.tokens), graph.tile["BLOCK_N"])
     graph.launch(
         adjacency_kernel, (tiles, tiles, len(graph.starts) - 1), order, graph.starts, left, bits,
         diagonals=diagonals, panel=(panel, words),
     )  # fmt: skip
-
-
-def graph_variants(name: str, kernel: Any, types: dict[str, str]) -> list[Variant]:
-    """Compiled forms of a kernel that `Graph.launch` runs, ``types`` being those of its own arguments."""
-    rule = dict.fromkeys(("scale", "offset", "alpha", "beta", "threshold", "falloff"), "fp32")
-    rule |= {"radius": "i64", "temporal_radius": "i64", "diagonal_ptr": "*fp32"}
-    found = []
-    for kind, exact in (*COSINES, ("cosines spatial", ALIGNED), ("cosines spatial", ())):
-        constants = {"SPATIAL": kind == "cosines spatial", "UPCAST": False}
-        where = "-spatial" if constants["SPATIAL"] else ""
-        found += variants_of(
-            name + where, kernel, kind, ROWS | rule | types, constants, tensor_cores=EVERY, aligned=exact
-        )
-    return found
-
-
-def variants() -> list[Variant]:
-    pointers = {"order_ptr": "*i32", "cu_ptr": "*i32", "left_ptr": "*i32", "bits_ptr": "*i32"}
-    diagonal = {"positions_ptr": "*i32", "cu_ptr": "*i32", "out_ptr": "*fp32"}
-    return [
-        *graph_variants("adjacency", adjacency_kernel, pointers),
-        *variants_of("diagonal", diagonal_kernel, "diagonal", diagonal),
-    ]

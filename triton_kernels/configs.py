@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SHARED_MEMORY = {
+SHARED_MEMORY = {  # bytes a program may have: NVIDIA's 8.0, 9.0 and 10.x; its others; AMD's
     "datacenter": 163 * 1024,
     "consumer": 99 * 1024,
-}  # bytes a program may have: 8.0, 9.0, 10.x; the others
+    "amd": 64 * 1024,
+}
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 EVERY, HALF = "fp32 fp16 bf16", "fp16 bf16"
-ANY = "datacenter consumer"
+NVIDIA, ANY = "datacenter consumer", "datacenter consumer amd"
 LARGE = float("inf")
+PRODUCTS = ("cosines", "query", "received")  # kinds whose products may take several of tensor cores
 FEW_ROWS = 16  # query rows a key head, up to which one smallest tile holds them all
 
 # Per kind of kernel: names of the columns, then rows. Of the rows for a device and data type the first whose "up to" is
@@ -55,7 +57,7 @@ TABLE: dict[str, tuple[tuple[Any, ...], ...]] = {
         (ANY,          "fp32",  LARGE,    64,        16,        8,           2),
         (ANY,          HALF,    4096,     64,        64,        8,           3),
         ("datacenter", HALF,    LARGE,    128,       32,        8,           4),
-        ("consumer",   HALF,    LARGE,    64,        64,        8,           3),
+        ("consumer amd", HALF,  LARGE,    64,        64,        8,           3),
     ),
     "cosines unaligned": (
         ("device",     "dtype", "up to", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages"),
@@ -119,8 +121,7 @@ TABLE: dict[str, tuple[tuple[Any, ...], ...]] = {
     # Received attention: BLOCK_M rows stay, blocks of BLOCK_N stream past them; up to: head dimension.
     "received": (
         ("device",     "dtype", "up to", "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
-        ("datacenter", "fp32",  127,      32,        32,        4,           3),
-        ("consumer",   "fp32",  127,      32,        32,        4,           2),
+        (ANY,          "fp32",  127,      32,        32,        4,           2),
         (ANY,          "fp32",  128,      32,        64,        8,           2),
         (ANY,          "fp32",  256,      16,        32,        8,           2),
         (ANY,          HALF,    128,      128,       64,        8,           3),
@@ -165,39 +166,36 @@ def device_class(device: torch.device) -> str:
     """By the shared memory that a program may have, which is what limits a tile; read once a device."""
     if device.type != "cuda":
         return "consumer"
+    if torch.version.hip:
+        return "amd"
     most = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
     return "datacenter" if most >= SHARED_MEMORY["datacenter"] else "consumer"
 
 
+def precision(dtype: str, device: str) -> str:
+    """How `tl.dot` multiplies: of float32 three TF32 products where there are such, about the accuracy of float32."""
+    return "tf32x3" if dtype == "fp32" and device in NVIDIA.split() else "ieee"
+
+
 @functools.cache
-def buckets(kind: str, dtype: str, device: str) -> tuple[tuple[float, dict[str, int]], ...]:
+def buckets(kind: str, dtype: str, device: str) -> tuple[tuple[float, dict[str, Any]], ...]:
     """The sizes up to which configurations hold, ascending, each with its configuration."""
     columns, *rows = TABLE[kind]
+    products = {"PRECISION": precision(dtype, device)} if kind.split()[0] in PRODUCTS else {}
     return tuple(
-        (most, dict(zip(columns[3:], values, strict=True)))
+        (most, dict(zip(columns[3:], values, strict=True)) | products)
         for devices, dtypes, most, *values in rows
         if device in devices.split() and dtype in dtypes.split()
     )
 
 
-def choose(kind: str, dtype: str, device: str, size: int = 0) -> dict[str, int]:
+def choose(kind: str, dtype: str, device: str, size: int = 0) -> dict[str, Any]:
     for most, constants in buckets(kind, dtype, device):
         if size <= most:
             return constants
     raise ValueError(f"no configuration of {kind} for size {size}")
 
 
-def config(kind: str, like: Tensor, size: int = 0) -> dict[str, int]:
+def config(kind: str, like: Tensor, size: int = 0) -> dict[str, Any]:
     """The constants of a kernel of this kind, with num_warps and num_stages, for tensors as ``like``."""
     return choose(kind, DTYPES[like.dtype], device_class(like.device), size)
-
-
-def shipped(kind: str, size: int | None = None) -> list[tuple[str, dict[str, int], tuple[str, ...]]]:
-    """Data types and configurations of a kind, for all sizes or one, each with the classes of devices it serves."""
-    found: dict[tuple[Any, ...], dict[str, None]] = {}
-    for device in SHARED_MEMORY:
-        for dtype in EVERY.split():
-            every = [constants for _, constants in buckets(kind, dtype, device)]
-            for constants in every if size is None else [choose(kind, dtype, device, size)]:
-                found.setdefault((dtype, *constants.items()), {})[device] = None
-    return [(dtype, dict(constants), tuple(devices)) for (dtype, *constants), devices in found.items()]

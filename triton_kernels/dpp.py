@@ -24,11 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .greedy import TYPES, budget, engine_variants, pair_cosines, segment, segment_rows
+from .greedy import budget, pair_cosines, segment, segment_rows
 from .host_ints import budget_starts
+from .launch import INTERPRETED, kernel
 from .order import NO_KEY, key_index, key_score, make_key, product
 from .similarity import inverse_norms, strided_rows
-from .variants import Variant
 
 RANK_TOL = tl.constexpr(1e-5)  # the reference's DPP_RANK_TOL: a token with this share of its L_ii left is spent
 FACTOR_STEP = tl.constexpr(32)  # factor entries a step of an inner product
@@ -95,7 +95,7 @@ def absorb(factor_ptr, roots_ptr, kmax, tokens_c, missed, pick, t, entries):
     return e
 
 
-@triton.jit
+@kernel
 def dpp_kernel(
     x_ptr, norm_ptr, relevance_ptr, gain_ptr, seen_ptr, factor_ptr, picks_ptr, roots_ptr, block_ptr, gram_ptr, out_ptr,
     cu_ptr, offsets_ptr, N, tokens, K, kmax, D, item_stride, row_stride, packed, ragged, CLASSES: tl.constexpr,
@@ -265,12 +265,7 @@ def dpp_select(
     dpp_kernel[(items,)](
         features, norms, relevance, gain, seen, factor, picks, roots, block, gram, result,
         cu_seqlens.contiguous() if packed else picks, offsets, per_item, tokens, k[0], most, features.shape[-1],
-        item_stride, row_stride, int(packed), int(ragged), UPCAST=device.type == "cpu", **config,
+        item_stride, row_stride, int(packed), int(ragged), UPCAST=INTERPRETED, **config,
     )  # fmt: skip
     # Packed positions of consecutive segments are increasing ranges, so that one sort serves all segments.
     return result.sort(dim=-1).values if sort else result
-
-
-def variants() -> list[Variant]:
-    types = TYPES | dict.fromkeys(("relevance_ptr", "gain_ptr", "factor_ptr", "roots_ptr"), "*fp32")
-    return engine_variants("picks", dpp_kernel, "dpp", types)

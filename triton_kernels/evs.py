@@ -12,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .similarity import ROWS, inverse_norm, strided_rows
+from .launch import cdiv, kernel
+from .similarity import inverse_norm, strided_rows
 from .topk import topk_select
-from .variants import Variant, variants_of
 
 
-@triton.jit
+@kernel
 def dissimilarity_kernel(x_ptr, out_ptr, tokens, places, row_stride, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -48,11 +48,7 @@ def evs_select(features: Tensor, frames: int, k: int, sort: bool) -> Tensor:
     features, tokens, _, row_stride = strided_rows(features)
     scores = torch.empty(tokens, dtype=torch.float32, device=features.device)
     block = config("frames", features)
-    dissimilarity_kernel[(triton.cdiv(tokens, block["BLOCK_N"]),)](
+    dissimilarity_kernel[(cdiv(tokens, block["BLOCK_N"]),)](
         features, scores, tokens, tokens // frames, row_stride, features.shape[1], **block
     )
     return topk_select(scores, [k], None, sort)
-
-
-def variants() -> list[Variant]:
-    return variants_of("dissimilarity", dissimilarity_kernel, "frames", ROWS | {"out_ptr": "*fp32"})

@@ -15,8 +15,6 @@ float32 (`ieee`), not TF32.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -24,10 +22,10 @@ from torch import Tensor
 
 from . import configs
 from .host_ints import budget_starts
+from .launch import INTERPRETED, cdiv, kernel
 from .order import NO_KEY, key_index, make_key, product
-from .similarity import ALIGNED, cosine_tile, strided_rows
+from .similarity import cosine_tile, strided_rows
 from .topk import topk_select
-from .variants import Variant, variants_of
 
 FEW_SEEDS = 8  # up to which each of the first picks takes a pass over the scores; more are ranked by top-k
 SCAN = 128  # segments looked at a step when a tile looks for its own
@@ -140,7 +138,7 @@ def refresh(
     tl.store(seen_ptr + rows, tl.maximum(seen, tl.minimum(t, committed)), mask=live)
 
 
-@triton.jit
+@kernel
 def greedy_kernel(
     x_ptr, norm_ptr, importance_ptr, nearest_ptr, seen_ptr, picks_ptr, block_ptr, gram_ptr, out_ptr, cu_ptr,
     offsets_ptr, N, tokens, K, D, item_stride, row_stride, packed, ragged, per_round, lam, rest, weighted,
@@ -252,7 +250,7 @@ def greedy_kernel(
         count += 1
 
 
-@triton.jit
+@kernel
 def seeds_kernel(
     values_ptr, picks_ptr, out_ptr, cu_ptr, offsets_ptr, N, tokens, K, packed, ragged, per_round, weighted,
     BLOCK_N: tl.constexpr,
@@ -277,7 +275,7 @@ def seeds_kernel(
         tl.store(out_ptr + begin + t, key_index(top) + first_index)
 
 
-@triton.jit
+@kernel
 def ranked_seeds_kernel(
     ranked_ptr, picks_ptr, out_ptr, cu_ptr, offsets_ptr, firsts_ptr, N, tokens, K, seeds, packed, ragged,
     BLOCK_N: tl.constexpr,
@@ -295,7 +293,7 @@ def ranked_seeds_kernel(
         tl.store(out_ptr + begin + offs, token, mask=offs < n)
 
 
-@triton.jit
+@kernel
 def absorb_kernel(
     x_ptr, norm_ptr, nearest_ptr, seen_ptr, picks_ptr, cu_ptr, offsets_ptr, N, tokens, K, D, items, item_stride,
     row_stride, packed, ragged, per_round, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
@@ -393,7 +391,7 @@ def blocked_greedy(
     offsets = budget_starts(k, device) if ragged else picks
     cu = cu_seqlens.contiguous() if packed else picks
     where = (cu, offsets, per_item, tokens, k[0])
-    upcast, rows = device.type == "cpu", config["ROWS"]
+    rows = config["ROWS"]
     tile = {key: config[key] for key in ("ROWS", "COLS", "DEPTH", "num_warps", "num_stages")}
     seeds = configs.config("seeds", values, per_item)
     if mmr and per_round > FEW_SEEDS:
@@ -405,53 +403,15 @@ def blocked_greedy(
         )  # fmt: skip
     else:
         seeds_kernel[(items,)](values, picks, result, *where, int(packed), int(ragged), per_round, int(mmr), **seeds)
-    tiles = triton.cdiv(tokens, rows) + items if packed else items * triton.cdiv(per_item, rows)
+    tiles = cdiv(tokens, rows) + items if packed else items * cdiv(per_item, rows)
     if tiles:
         absorb_kernel[(tiles,)](
             features, norms, nearest, seen, picks, *where, depth, items, item_stride, row_stride, int(packed),
-            int(ragged), per_round, **tile, UPCAST=upcast, SCAN=SCAN,
+            int(ragged), per_round, **tile, UPCAST=INTERPRETED, SCAN=SCAN,
         )  # fmt: skip
     greedy_kernel[(items,)](
         features, norms, values, nearest, seen, picks, block, gram, result, *where, depth, item_stride, row_stride,
-        int(packed), int(ragged), per_round, lam, 1 - lam if mmr else 1.0, int(mmr), **config, UPCAST=upcast,
+        int(packed), int(ragged), per_round, lam, 1 - lam if mmr else 1.0, int(mmr), **config, UPCAST=INTERPRETED,
     )  # fmt: skip
     # Packed positions of consecutive segments are increasing ranges, so that one sort serves all segments.
     return result.sort(dim=-1).values if sort else result
-
-
-TYPES = {
-    "x_ptr": "*{dtype}", "out_ptr": "*i64", "item_stride": "i64", "row_stride": "i64", "lam": "fp32", "rest": "fp32",
-    **dict.fromkeys(("seen_ptr", "picks_ptr", "block_ptr", "cu_ptr", "offsets_ptr"), "*i32"),
-    **dict.fromkeys(("norm_ptr", "importance_ptr", "nearest_ptr", "gram_ptr"), "*fp32"),
-}  # fmt: skip
-
-
-def seeds_variants() -> list[Variant]:
-    types = {key: type_ for key, type_ in TYPES.items() if key != "x_ptr"} | {"values_ptr": "*fp32"}
-    ranked = types | {"ranked_ptr": "*i64", "firsts_ptr": "*i32"}
-    return [
-        *variants_of("seeds", seeds_kernel, "seeds", types),
-        *variants_of("ranked-seeds", ranked_seeds_kernel, "seeds", ranked),
-    ]
-
-
-def variants() -> list[Variant]:
-    return [
-        *engine_variants("absorb", absorb_kernel, "greedy", TYPES, {"SCAN": SCAN}),
-        *engine_variants("picks", greedy_kernel, "greedy", TYPES),
-    ]
-
-
-def engine_variants(
-    name: str, kernel: Any, kind: str, types: dict[str, str], constants: dict[str, int] | None = None
-) -> list[Variant]:
-    """Rows of any stride, which need the most registers, and aligned ones, which need the most shared memory.
-
-    Of the two half types, which compile to the same but for the type of the products, each stands for one of these.
-    """
-    constants = {"UPCAST": False, **(constants or {})}
-    anyhow = variants_of(name, kernel, kind, types, constants, tensor_cores=configs.HALF)
-    aligned = variants_of(name, kernel, kind, types, constants, tensor_cores=configs.HALF, aligned=ALIGNED)
-    return [variant for variant in anyhow if variant.signature["x_ptr"] != "*fp16"] + [
-        variant for variant in aligned if variant.signature["x_ptr"] == "*fp16"
-    ]

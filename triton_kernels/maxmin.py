@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .greedy import blocked_greedy, seeds_variants
+from .greedy import blocked_greedy
 from .similarity import inverse_norms, nearest_other
-from .variants import Variant
 
 
 def maxmin_select(features: Tensor, k: list[int], cu_seqlens: Tensor | None, sort: bool) -> Tensor:
@@ -18,8 +17,3 @@ def maxmin_select(features: Tensor, k: list[int], cu_seqlens: Tensor | None, sor
     norms = inverse_norms(features)
     nearest = nearest_other(features, norms, cu_seqlens)
     return blocked_greedy(features, nearest, norms, k, cu_seqlens, lam=1.0, per_round=1, mmr=False, sort=sort)
-
-
-def variants() -> list[Variant]:
-    """The first picks; the engine's kernels are listed by `greedy`."""
-    return seeds_variants()

@@ -7,15 +7,14 @@ the cache. The same rounded operations as the tensor form, so the same bits.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .variants import Variant, variants_of
+from .launch import kernel
 
 
-@triton.jit
+@kernel
 def minmax_kernel(
     scores_ptr, cu_ptr, out_ptr, N, T, stride_b, stride_n, PACKED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -57,9 +56,3 @@ def minmax(scores: Tensor, cu_seqlens: Tensor | None) -> Tensor:
             0 if scores.ndim == 1 else scores.stride(0), scores.stride(-1), PACKED=packed, **config("minmax", scores),
         )  # fmt: skip
     return out
-
-
-def variants() -> list[Variant]:
-    types = {"scores_ptr": "*{dtype}", "cu_ptr": "*i32", "out_ptr": "*fp32", "stride_b": "i64", "stride_n": "i64"}
-    batch = variants_of("minmax-batch", minmax_kernel, "minmax", types, {"cu_ptr": None, "PACKED": False})
-    return batch + variants_of("minmax-packed", minmax_kernel, "minmax", types, {"PACKED": True})

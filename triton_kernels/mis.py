@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adjacency import Graph, adjacency, edge_tile, graph_variants, pack_bits
+from .adjacency import Graph, adjacency, edge_tile, pack_bits
 from .configs import config
 from .host_ints import host_ints
+from .launch import cdiv, kernel, padded
 from .similarity import segment_bounds, segment_numbers
-from .variants import Variant, variants_of
 
 K, PIVOTS, OUT = range(3)  # rows of the table of budgets
 
@@ -34,7 +34,7 @@ def first_word(start, segment):
     return start // 32 + segment
 
 
-@triton.jit
+@kernel
 def strike_kernel(
     x_ptr,
     inverse_ptr,
@@ -66,6 +66,7 @@ def strike_kernel(
     SPATIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Strike the candidates of one panel that are neighbours of a pick of an earlier one."""
@@ -89,7 +90,7 @@ def strike_kernel(
         edges = edge_tile(
             x_ptr, inverse_ptr, positions_ptr, tokens_m, tokens_n, mask_m, mask_n, per_item, item_stride, row_stride,
             D, scale, offset, alpha, beta, threshold, kind, radius, temporal_radius, falloff, diagonal,
-            SPATIAL, BLOCK_D, UPCAST,
+            SPATIAL, BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
         struck = tl.max(edges, 1)  # [BM]
         offs_w = first_word(start, segment) + first // 32 + tl.arange(0, BLOCK_N // 32)
@@ -97,7 +98,7 @@ def strike_kernel(
         tl.atomic_or(struck_ptr + offs_w, pack_bits(tl.reshape(struck, [BLOCK_N // 32, 32])), mask=inside)
 
 
-@triton.jit
+@kernel
 def sweep_kernel(
     bits_ptr,
     struck_ptr,
@@ -155,7 +156,7 @@ def sweep_kernel(
     tl.store(left_ptr + segment, k - count)
 
 
-@triton.jit
+@kernel
 def finish_kernel(
     order_ptr,
     cu_ptr,
@@ -263,13 +264,13 @@ def mis_select(
         sweep = sweep | {"WORDS": panel_words}
     words = sweep["WORDS"]
     bits = torch.empty(tokens, words, dtype=torch.int32, device=device)
-    struck, taken = torch.zeros(2, tokens // 32 + segments + 1, dtype=torch.int32, device=device)
+    struck, taken = torch.zeros(2, padded(tokens // 32 + segments + 1), dtype=torch.int32, device=device)
     picks = torch.empty(tokens, dtype=torch.int32, device=device)
     diagonals, tile = graph.diagonals(), graph.tile["BLOCK_N"]
     for panel in range(0, longest, 32 * words):
         if panel:
-            rows = triton.cdiv(min(32 * words, longest - panel), tile)
-            columns = triton.cdiv(min(max(k), panel), tile)
+            rows = cdiv(min(32 * words, longest - panel), tile)
+            columns = cdiv(min(max(k), panel), tile)
             graph.launch(
                 strike_kernel, (rows, columns, segments), order, graph.starts, left, budgets, picks, struck,
                 diagonals=diagonals, panel=(panel, words, int(pivots_suppress)),
@@ -284,13 +285,3 @@ def mis_select(
         **config("finish", features),
     )  # fmt: skip
     return out
-
-
-def variants() -> list[Variant]:
-    names = ("bits", "struck", "order", "cu", "budgets", "left", "picks", "taken")
-    types = dict.fromkeys((f"{name}_ptr" for name in names), "*i32")
-    return [
-        *graph_variants("strike", strike_kernel, types),
-        *variants_of("sweep", sweep_kernel, "sweep", types),
-        *variants_of("finish", finish_kernel, "finish", types | {"chosen_ptr": "*i8", "out_ptr": "*i64"}),
-    ]

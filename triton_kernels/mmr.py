@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .greedy import blocked_greedy, seeds_variants
+from .greedy import blocked_greedy
 from .similarity import inverse_norms
-from .variants import Variant
 
 
 def mmr_select(
@@ -26,8 +25,3 @@ def mmr_select(
     return blocked_greedy(
         features, importance, inverse_norms(features), k, cu_seqlens, lam=lam, per_round=per_round, mmr=True, sort=sort
     )
-
-
-def variants() -> list[Variant]:
-    """The first picks; the engine's kernels are listed by `greedy`."""
-    return seeds_variants()

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import FEW_ROWS, config, shipped
-from .variants import Variant, variants_of
+from .configs import FEW_ROWS, config
+from .launch import INTERPRETED, cdiv, kernel, padded
 
 LOG2E = 1.4426950408889634
 MAX_HEAD_DIM = 256
@@ -35,11 +35,6 @@ def head_parts(head_dim: int) -> tuple[int, int]:
     rest = head_dim - first
     second = max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
     return (2 * first, 0) if second >= first else (first, second)
-
-
-def interpreted(tensor: Tensor) -> bool:
-    """Whether the interpreter runs the kernels: it computes bf16 wrongly, so they upcast when they load."""
-    return tensor.device.type == "cpu" or triton.knobs.runtime.interpret
 
 
 def aligned(*tensors: Tensor) -> int:
@@ -80,14 +75,15 @@ def query_offsets(offs_r, head, group, stride_qr, stride_qh, UNIT: tl.constexpr)
 
 @triton.jit
 def scores_tile(
-    q1, q2, k_ptr, offs, mask, D1: tl.constexpr, D2: tl.constexpr, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr
-):
+    q1, q2, k_ptr, offs, mask, D1: tl.constexpr, D2: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
     """`[BLOCK_M, BLOCK_N]`: products of rows `q1 | q2` with the rows of `k` at `offs`."""
     k1 = load_rows(k_ptr, offs, mask, 0, D1, HEAD_DIM, UPCAST)
-    s = tl.dot(q1, tl.trans(k1), input_precision="tf32x3")
+    s = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
     if D2 > 0:
         k2 = load_rows(k_ptr, offs, mask, D1, D2, HEAD_DIM, UPCAST)
-        s = tl.dot(q2, tl.trans(k2), s, input_precision="tf32x3")
+        s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
     return s
 
 
@@ -97,12 +93,13 @@ def finite_max(m):
     return tl.where(m == float("-inf"), 0.0, m)
 
 
-@triton.jit
+@kernel
 def stats_kernel(
     q_ptr, k_ptr, max_ptr, sum_ptr,
     rows, keys, kv_heads, group, splits, split_keys, scale_log2,
     stride_qb, stride_qr, stride_qh, stride_kb, stride_kl, stride_kh,
     HEAD_DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One range of keys, one block of a key head's query rows: base-2 maximum and sum of each row."""
@@ -134,7 +131,9 @@ def stats_kernel(
     for start in range(first, last, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         mask_n = offs_n < last
-        s = scores_tile(q1, q2, k_ptr, offs_n.to(tl.int64) * (stride_kl * UNIT), mask_n, D1, D2, HEAD_DIM, UPCAST)
+        s = scores_tile(
+            q1, q2, k_ptr, offs_n.to(tl.int64) * (stride_kl * UNIT), mask_n, D1, D2, HEAD_DIM, PRECISION, UPCAST
+        )
         s = tl.where(mask_n[None, :], s * scale_log2, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         base = finite_max(m_new)
@@ -145,12 +144,13 @@ def stats_kernel(
     tl.store(sum_ptr + offs, total, mask=mask_r)
 
 
-@triton.jit
+@kernel
 def weights_kernel(
     q_ptr, k_ptr, max_ptr, sum_ptr, lse_ptr, visual_ptr, partial_ptr,
     rows, keys, kv_heads, group, splits, scale_log2, lse_scale, visual_start, visual_step, visual_count, stride_visual,
     stride_qb, stride_qr, stride_qh, stride_kb, stride_kl, stride_kh, stride_lb, stride_lh, stride_lr,
     HEAD_DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
     HAS_LSE: tl.constexpr, HAS_INDEX: tl.constexpr, MAX_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -197,14 +197,14 @@ def weights_kernel(
         q2 = q1
         if D2 > 0:
             q2 = load_rows(q_ptr, offs_q, mask_r, D1, D2, HEAD_DIM, UPCAST)
-        s = scores_tile(q1, q2, k_ptr, offs_k, mask_n & inside, D1, D2, HEAD_DIM, UPCAST)
+        s = scores_tile(q1, q2, k_ptr, offs_k, mask_n & inside, D1, D2, HEAD_DIM, PRECISION, UPCAST)
         weights = tl.exp2(s * scale_log2 - lse[:, None])
         total += tl.sum(tl.where(mask_r[:, None], weights, 0.0), 0)
     total = tl.where(inside, total, float("nan"))
     tl.store(partial_ptr + item.to(tl.int64) * visual_count + offs_n, total, mask=mask_n)
 
 
-@triton.jit
+@kernel
 def mean_kernel(
     partial_ptr, prior_ptr, out_ptr, count, pool, kv_heads, divisor, eps, stride_pb, stride_pn,
     HAS_PRIOR: tl.constexpr, BLOCK: tl.constexpr,
@@ -234,7 +234,7 @@ def mean_scores(
     count, block = scores.shape[-1], config("mean", partial)
     prior = prior if prior is None else prior.to(torch.float32)
     strides = (0, 1) if prior is None else (prior.stride(0) if prior.dim() == 2 else 0, prior.stride(-1))
-    mean_kernel[(scores.numel() // count * triton.cdiv(count, block["BLOCK"]),)](
+    mean_kernel[(scores.numel() // count * cdiv(count, block["BLOCK"]),)](
         partial, partial if prior is None else prior, scores, count, pool, kv_heads, divisor, eps, *strides,
         HAS_PRIOR=prior is not None, **block,
     )  # fmt: skip
@@ -271,7 +271,7 @@ def query_attention(
     d1, d2 = head_parts(head_dim)
     tile = dict(config(kind_of(rows, unit), query, head_dim))
     max_splits = tile.pop("MAX_SPLITS")
-    common = {"HEAD_DIM": head_dim, "D1": d1, "D2": d2, "UNIT": unit, "UPCAST": interpreted(query), **tile}
+    common = {"HEAD_DIM": head_dim, "D1": d1, "D2": d2, "UNIT": unit, "UPCAST": INTERPRETED, **tile}
     strides = unit_strides(unit, query, key)
     scale_log2 = scale * LOG2E
 
@@ -279,18 +279,18 @@ def query_attention(
     partial = torch.empty(items * count, dtype=torch.float32, device=query.device)
     maxima = sums = partial
     if lse is None:
-        splits = min(max_splits, triton.cdiv(keys, MIN_SPLIT))
-        split_keys = triton.cdiv(triton.cdiv(keys, splits), tile["BLOCK_N"]) * tile["BLOCK_N"]
-        splits = triton.cdiv(keys, split_keys)
-        maxima, sums = torch.empty((2, items * splits * rows), dtype=torch.float32, device=query.device)
-        stats_kernel[(items * triton.cdiv(rows, tile["BLOCK_M"]) * splits,)](
+        splits = min(max_splits, cdiv(keys, MIN_SPLIT))
+        split_keys = cdiv(cdiv(keys, splits), tile["BLOCK_N"]) * tile["BLOCK_N"]
+        splits = cdiv(keys, split_keys)
+        maxima, sums = torch.empty((2, padded(items * splits * rows)), dtype=torch.float32, device=query.device)
+        stats_kernel[(items * cdiv(rows, tile["BLOCK_M"]) * splits,)](
             query, key, maxima, sums, rows, keys, kv_heads, group, splits, split_keys, scale_log2, *strides, **common
         )
         lse_strides = [0, 0, 0]
     else:
         lse = lse.to(torch.float32)
         lse_strides = batched_strides(lse, 3)
-    weights_kernel[(items * triton.cdiv(count, tile["BLOCK_N"]),)](
+    weights_kernel[(items * cdiv(count, tile["BLOCK_N"]),)](
         query, key, maxima, sums, partial if lse is None else lse, partial if visual is None else visual, partial,
         rows, keys, kv_heads, group, splits, scale_log2, LOG2E, start, step, count,
         1 if visual is None else visual.stride(0), *strides, *lse_strides,
@@ -308,45 +308,3 @@ def batched_strides(tensor: Tensor, dims: int) -> list[int]:
 def unit_strides(unit: int, *tensors: Tensor) -> list[int]:
     """Strides but the last of tensors `[B, tokens, H, d]` in units; that of a single token or head is not used."""
     return [stride // unit for x in tensors for stride in batched_strides(x, 4)[:3]]
-
-
-def signature(kernel: triton.JITFunction, pointers: dict[str, str], constexprs: dict[str, object]) -> dict[str, str]:
-    """Triton types of a kernel's arguments: named pointers, fp32 for the scalar factors, i32 for counts and strides."""
-    floats = ("scale_log2", "lse_scale")
-    ints = {"cu_ptr": "*i32", "visual_ptr": "*i64"}
-    kinds = {**ints, **pointers, **dict.fromkeys(constexprs, "constexpr"), **dict.fromkeys(floats, "fp32")}
-    return {name: kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
-
-
-HEAD_DIMS = {"bf16": (64, 72, 80, 96, 128, 256), "fp16": (64, 128), "fp32": (64, 80, 128, 256)}  # of common models
-UNALIGNED_HEAD_DIMS = (80, 256)
-
-
-def attention_variants(name: str, kernel: triton.JITFunction, kind: str, constants: dict[str, object]) -> list[Variant]:
-    """A kernel's forms with common head dimensions: another head dimension only changes masks."""
-    found = []
-    unit = 1 if kind.endswith("unaligned") else STRIDE_UNIT
-    for head_dim in sorted({d for dims in HEAD_DIMS.values() for d in dims}):
-        for dtype, tile, devices in shipped(kind, head_dim):
-            if head_dim not in HEAD_DIMS[dtype] or (unit == 1 and head_dim not in UNALIGNED_HEAD_DIMS):
-                continue
-            d1, d2 = head_parts(head_dim)
-            every = {**constants, **tile, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "UNIT": unit, "UPCAST": False}
-            shape = {key: value for key, value in every.items() if key in kernel.arg_names}
-            types = signature(kernel, {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}"}, shape)
-            full = f"{name}-{kind}-{dtype}-d{head_dim}"
-            launch = (tile["num_warps"], tile["num_stages"])
-            found.append(Variant(full, kernel, types, shape, *launch, tensor_cores=True, devices=devices))
-    return found
-
-
-def variants() -> list[Variant]:
-    found = []
-    for kind in ("query few", "query many", "query unaligned"):
-        found += attention_variants("stats", stats_kernel, kind, {})
-        for source in ("stats", "lse"):
-            # The index costs a load more than a span, so it stands for both.
-            constants = {"HAS_LSE": source == "lse", "HAS_INDEX": True}
-            found += attention_variants(f"weights-{source}", weights_kernel, kind, constants)
-    types = {"partial_ptr": "*fp32", "prior_ptr": "*fp32", "out_ptr": "*fp32", "divisor": "fp32", "eps": "fp32"}
-    return found + variants_of("mean", mean_kernel, "mean", types, {"HAS_PRIOR": True})

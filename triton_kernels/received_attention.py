@@ -20,21 +20,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
+from .launch import INTERPRETED, cdiv, kernel
 from .query_attention import (
     LOG2E,
     aligned,
-    attention_variants,
     batched_strides,
     dense_rows,
     finite_max,
     head_parts,
-    interpreted,
     load_rows,
     mean_scores,
     scores_tile,
     unit_strides,
 )
-from .variants import Variant
 
 SEARCH = 256  # segments looked at in one step of the search
 
@@ -59,13 +57,13 @@ def tile_span(tile, cu_ptr, segments, tokens, BLOCK: tl.constexpr, SEARCH: tl.co
     return start, stop, tl.minimum(start + offset * BLOCK, stop)
 
 
-@triton.jit
+@kernel
 def rows_kernel(
     q_ptr, k_ptr, cu_ptr, lse_ptr,
     tokens, segments, tiles, heads, group, scale_log2,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
     PACKED: tl.constexpr, SEARCH: tl.constexpr, HEAD_DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    UNIT: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of one query head's rows: base-2 log of the sum of their exponentials over the segment's keys."""
     tile = tl.program_id(0) % tiles
@@ -96,7 +94,9 @@ def rows_kernel(
         for first in range(start, stop, BLOCK_N):
             offs_n = first + tl.arange(0, BLOCK_N)
             mask_n = offs_n < stop
-            s = scores_tile(q1, q2, k_ptr, offs_n.to(tl.int64) * (stride_kn * UNIT), mask_n, D1, D2, HEAD_DIM, UPCAST)
+            s = scores_tile(
+                q1, q2, k_ptr, offs_n.to(tl.int64) * (stride_kn * UNIT), mask_n, D1, D2, HEAD_DIM, PRECISION, UPCAST
+            )
             s = tl.where(mask_n[None, :], s * scale_log2, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
             base = finite_max(m_new)
@@ -105,13 +105,13 @@ def rows_kernel(
         tl.store(lse_ptr + item.to(tl.int64) * tokens + offs_m, finite_max(m) + tl.log2(total), mask=mask_m)
 
 
-@triton.jit
+@kernel
 def columns_kernel(
     q_ptr, k_ptr, cu_ptr, lse_ptr, partial_ptr,
     tokens, segments, tiles, kv_heads, group, scale_log2, lse_scale,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_lb, stride_lh, stride_ln,
     PACKED: tl.constexpr, SEARCH: tl.constexpr, HEAD_DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    UNIT: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of one key head's keys: what its query heads and the segment's rows add to each key's mean weight."""
     tile = tl.program_id(0) % tiles
@@ -148,7 +148,7 @@ def columns_kernel(
                 # Rows past the end weigh exp2(0 - inf) = 0.
                 lse = tl.load(lse_ptr + offs_l, mask=mask_n, other=float("inf")) * lse_scale
                 offs_q = of_head * (stride_qh * UNIT) + offs_n.to(tl.int64) * (stride_qn * UNIT)
-                s = scores_tile(k1, k2, q_ptr, offs_q, mask_n, D1, D2, HEAD_DIM, UPCAST)
+                s = scores_tile(k1, k2, q_ptr, offs_q, mask_n, D1, D2, HEAD_DIM, PRECISION, UPCAST)
                 total += tl.sum(tl.exp2(s * scale_log2 - lse[None, :]), 1)
         mean = total / ((stop - start) * group * kv_heads).to(tl.float32)
         tl.store(partial_ptr + item.to(tl.int64) * tokens + offs_m, mean, mask=mask_m)
@@ -183,10 +183,10 @@ def received_attention(
     tile = config("received" if unit > 1 else "received unaligned", query, head_dim)
     packed = cu_seqlens is not None
     segments = cu_seqlens.shape[0] - 1 if packed else 1
-    blocks = tokens // tile["BLOCK_M"] + segments if packed else triton.cdiv(tokens, tile["BLOCK_M"])
+    blocks = tokens // tile["BLOCK_M"] + segments if packed else cdiv(tokens, tile["BLOCK_M"])
     common = {
         "PACKED": packed, "SEARCH": SEARCH, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "UNIT": unit,
-        "UPCAST": interpreted(query), **tile,
+        "UPCAST": INTERPRETED, **tile,
     }  # fmt: skip
     strides = unit_strides(unit, query, key)
     scale_log2 = scale * LOG2E
@@ -207,14 +207,3 @@ def received_attention(
     )  # fmt: skip
     mean_scores(partial, scores, pool, kv_heads, 1.0, prior, eps)
     return scores
-
-
-def variants() -> list[Variant]:
-    # The search for the segment is what a packed call has more, so it stands for both.
-    constants = {"PACKED": True, "SEARCH": SEARCH}
-    return [
-        variant
-        for kind in ("received", "received unaligned")
-        for stage, kernel in (("rows", rows_kernel), ("columns", columns_kernel))
-        for variant in attention_variants(stage, kernel, kind, constants)
-    ]

@@ -13,12 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import EVERY, config
-from .variants import Variant, variants_of
+from .configs import config
+from .launch import ALIGNMENT, INTERPRETED, cdiv, kernel
 
 SPLITS = 8  # programs that share the columns of one row of tiles
-ALIGNMENT = 16  # what Triton specializes a kernel for
-INTERPRETED = triton.knobs.runtime.interpret  # whose bfloat16 is silently wrong unless loads are converted
 NO_COSINE = tl.constexpr(-2139095041)  # -inf in the order of `float_order`
 
 
@@ -50,14 +48,14 @@ def cosine_tile(
 @triton.jit
 def token_cosines(
     x_ptr, inverse_ptr, tokens_m, tokens_n, mask_m, mask_n, per_item, item_stride, row_stride, D,
-    BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """`cosine_tile` of two lists of flat token numbers."""
     inverse_m = tl.load(inverse_ptr + tokens_m, mask=mask_m, other=0.0)
     inverse_n = tl.load(inverse_ptr + tokens_n, mask=mask_n, other=0.0)
     rows_m = x_ptr + row_offsets(tokens_m, per_item, item_stride, row_stride)
     rows_n = x_ptr + row_offsets(tokens_n, per_item, item_stride, row_stride)
-    return cosine_tile(rows_m, rows_n, inverse_m, inverse_n, D, BLOCK_D, "tf32x3", UPCAST)
+    return cosine_tile(rows_m, rows_n, inverse_m, inverse_n, D, BLOCK_D, PRECISION, UPCAST)
 
 
 @triton.jit
@@ -82,7 +80,7 @@ def inverse_norm(squared):
     return tl.where(valid, tl.div_rn(1.0, tl.sqrt_rn(tl.where(valid, squared, 1.0))), 0.0)
 
 
-@triton.jit
+@kernel
 def inverse_norms_kernel(
     x_ptr,
     out_ptr,
@@ -106,7 +104,7 @@ def inverse_norms_kernel(
     tl.store(out_ptr + offs_n, inverse_norm(tl.sum(squares, 1)), mask=mask_n)
 
 
-@triton.jit
+@kernel
 def nearest_other_kernel(
     x_ptr,
     inverse_ptr,
@@ -120,6 +118,7 @@ def nearest_other_kernel(
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -132,7 +131,7 @@ def nearest_other_kernel(
         mask_n = tokens_n < last
         cosines = token_cosines(
             x_ptr, inverse_ptr, tokens_m, tokens_n, mask_m, mask_n, per_item, item_stride, row_stride, D,
-            BLOCK_D, UPCAST,
+            BLOCK_D, PRECISION, UPCAST,
         )  # fmt: skip
         later = (tokens_m[:, None] < tokens_n[None, :]) & (tokens_n[None, :] < ends[:, None])
         order = tl.where(later, float_order(cosines), NO_COSINE)  # [BM, BN]
@@ -140,7 +139,7 @@ def nearest_other_kernel(
         tl.atomic_max(out_ptr + tokens_n, tl.max(order, 0), mask=mask_n)
 
 
-@triton.jit
+@kernel
 def cosine_matrix_kernel(
     x_ptr,
     inverse_ptr,
@@ -151,6 +150,7 @@ def cosine_matrix_kernel(
     D,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -163,7 +163,7 @@ def cosine_matrix_kernel(
         first = tl.program_id(2) * per_item
         cosines = token_cosines(
             x_ptr, inverse_ptr, first + offs_m, first + offs_n, mask_m, mask_n, per_item, item_stride, row_stride, D,
-            BLOCK_D, UPCAST,
+            BLOCK_D, PRECISION, UPCAST,
         ).to(out_ptr.dtype.element_ty)  # fmt: skip
         out_ptr += first.to(tl.int64) * per_item
         upper = mask_m[:, None] & mask_n[None, :] & (offs_m[:, None] <= offs_n[None, :])
@@ -202,7 +202,7 @@ def inverse_norms(features: Tensor) -> Tensor:
     out = torch.empty(tokens, dtype=torch.float32, device=features.device)
     if tokens:
         block = config("norms", features)
-        inverse_norms_kernel[(triton.cdiv(tokens, block["BLOCK_N"]),)](
+        inverse_norms_kernel[(cdiv(tokens, block["BLOCK_N"]),)](
             features, out, tokens, per_item, item_stride, row_stride, features.shape[-1], **block
         )
     return out
@@ -234,7 +234,7 @@ def nearest_other(features: Tensor, inverse: Tensor, cu_seqlens: Tensor | None =
     if tokens and len(starts) > 1:
         numbers = segment_numbers(starts, tokens).clamp(max=len(starts) - 2)
         tile = cosine_config(features, cu_seqlens)
-        nearest_other_kernel[(triton.cdiv(tokens, tile["BLOCK_N"]), SPLITS)](
+        nearest_other_kernel[(cdiv(tokens, tile["BLOCK_N"]), SPLITS)](
             features, inverse, starts[1:][numbers], best, tokens, per_item, item_stride, row_stride,
             features.shape[-1], SPLITS, **tile, UPCAST=INTERPRETED,
         )  # fmt: skip
@@ -247,32 +247,9 @@ def cosine_matrix(features: Tensor, inverse: Tensor, dtype: torch.dtype = torch.
     out = features.new_empty((*features.shape[:-1], per_item), dtype=dtype)
     if out.numel():
         tile = cosine_config(features)
-        tiles = triton.cdiv(per_item, tile["BLOCK_N"])
+        tiles = cdiv(per_item, tile["BLOCK_N"])
         cosine_matrix_kernel[(tiles, tiles, len(inverse) // per_item)](
             features, inverse, out, per_item, item_stride, row_stride, features.shape[-1],
             **tile, UPCAST=INTERPRETED,
         )  # fmt: skip
     return out
-
-
-ROWS = {
-    "x_ptr": "*{dtype}", "inverse_ptr": "*fp32", "positions_ptr": "*i32", "item_stride": "i64", "row_stride": "i64"
-}  # fmt: skip
-ALIGNED = ("x_ptr", "item_stride", "row_stride", "D")
-COSINES = (("cosines", ALIGNED), ("cosines unaligned", ()))
-
-
-def variants() -> list[Variant]:
-    found = variants_of("inverse_norms", inverse_norms_kernel, "norms", ROWS | {"out_ptr": "*fp32"})
-    for kind, exact in COSINES:
-        types = ROWS | {"segment_ends_ptr": "*i32", "out_ptr": "*i32"}
-        constants = {"UPCAST": False, "SPLITS": SPLITS}
-        found += variants_of(
-            "nearest_other", nearest_other_kernel, kind, types, constants, tensor_cores=EVERY, aligned=exact
-        )
-        for out in ("fp32", "bf16"):
-            found += variants_of(
-                f"cosine_matrix-{out}", cosine_matrix_kernel, kind, ROWS | {"out_ptr": f"*{out}"}, {"UPCAST": False},
-                tensor_cores=EVERY, aligned=exact,
-            )  # fmt: skip
-    return found

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .configs import config
 from .host_ints import budget_starts
+from .launch import cdiv, kernel
 from .order import key_index, make_key, ordered_bits
-from .variants import Variant, variants_of
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def segment(b, cu_ptr, starts_ptr, N, T, K, PACKED: tl.constexpr):
     return b * 0, N, b * K, K
 
 
-@triton.jit(do_not_specialize=["sort"])
+@kernel
 def topk_kernel(
     scores_ptr, cu_ptr, starts_ptr, out_ptr, N, T, K, sort, stride_b, stride_n,
     PACKED: tl.constexpr, BLOCK: tl.constexpr,
@@ -76,7 +76,7 @@ def topk_kernel(
         tl.store(out_ptr + place, tl.where(sort != 0, token, make_key(score, token)), mask=take)
 
 
-@triton.jit
+@kernel
 def pick_order_kernel(
     keys_ptr, cu_ptr, starts_ptr, out_ptr, N, T, K, PACKED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
@@ -118,20 +118,7 @@ def topk_select(scores: Tensor, k: Sequence[int], cu_seqlens: Tensor | None, sor
     )  # fmt: skip
     if not sort:
         block = config("pick order", scores)
-        pick_order_kernel[(segments, triton.cdiv(most, block["ROWS"]))](
+        pick_order_kernel[(segments, cdiv(most, block["ROWS"]))](
             found, cu_seqlens, starts, out, tokens, tokens, most, PACKED=packed, **block
         )
     return out
-
-
-def variants() -> list[Variant]:
-    common = {"cu_ptr": "*i32", "starts_ptr": "*i32", "out_ptr": "*i64"}
-    scores = common | {"scores_ptr": "*{dtype}", "stride_b": "i64", "stride_n": "i64"}
-    found = []
-    for layout, nothing in (("batch", {"cu_ptr": None, "starts_ptr": None}), ("packed", {})):
-        constants = nothing | {"PACKED": layout == "packed"}
-        found += variants_of(
-            f"pick_order-{layout}", pick_order_kernel, "pick order", common | {"keys_ptr": "*i64"}, constants
-        )
-        found += variants_of(f"topk-{layout}", topk_kernel, "topk", scores, constants)
-    return found

@@ -16,15 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
+from .launch import cdiv, kernel, padded
 from .similarity import inverse_norm, strided_rows
 from .topk import topk_select
-from .variants import Variant, variants_of
 
 PIECES = 32  # of the tokens, for the variances
 TEMPERATURE = tl.constexpr(0.01)
 
 
-@triton.jit
+@kernel
 def moments_kernel(
     x_ptr, means_ptr, squares_ptr, tokens, pieces, row_stride, D, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
@@ -56,7 +56,7 @@ def moments_kernel(
     tl.store(squares_ptr + out, squares, mask=mask_d)
 
 
-@triton.jit
+@kernel
 def variances_kernel(means_ptr, squares_ptr, out_ptr, tokens, pieces, D, BLOCK: tl.constexpr):
     """Minus the variance of every channel, of which top-k takes the highest."""
     offs_d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -75,7 +75,7 @@ def variances_kernel(means_ptr, squares_ptr, out_ptr, tokens, pieces, D, BLOCK: 
     tl.store(out_ptr + offs_d, -squares / tokens, mask=mask)
 
 
-@triton.jit
+@kernel
 def norms_kernel(x_ptr, channels_ptr, inverse_ptr, tokens, row_stride, C, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """1 / norm of every token over the channels; 0 where it is zero or not finite."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -91,7 +91,7 @@ def norms_kernel(x_ptr, channels_ptr, inverse_ptr, tokens, row_stride, C, BLOCK_
     tl.store(inverse_ptr + offs_n, inverse_norm(tl.sum(squares, 1)), mask=mask_n)
 
 
-@triton.jit
+@kernel
 def centres_kernel(
     x_ptr, channels_ptr, inverse_ptr, centres_ptr, places, row_stride, C, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
@@ -111,7 +111,7 @@ def centres_kernel(
     tl.store(centres_ptr + frame.to(tl.int64) * C + offs_c, tl.sum(total, 0) / places, mask=mask_c)
 
 
-@triton.jit
+@kernel
 def centre_kernel(centres_ptr, centre_ptr, frames, C, BLOCK: tl.constexpr):
     """The mean of the frames' centres, which is that of all tokens."""
     offs_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -129,7 +129,7 @@ def closeness(squared):
     return near + tl.exp(-0.5 * squared) + tl.exp(-0.25 * squared)
 
 
-@triton.jit
+@kernel
 def similarities_kernel(
     x_ptr, channels_ptr, inverse_ptr, centres_ptr, centre_ptr, similarity_ptr, to_video_ptr,
     places, row_stride, C, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -160,7 +160,7 @@ def similarities_kernel(
     tl.store(similarity_ptr + tokens, near + closeness(tl.sum(from_frame, 1)), mask=mask_n)
 
 
-@triton.jit
+@kernel
 def frame_means_kernel(to_video_ptr, means_ptr, places, BLOCK: tl.constexpr):
     frame = tl.program_id(0)
     to_video_ptr += frame.to(tl.int64) * places
@@ -179,7 +179,7 @@ def frame_weights(means_ptr, start, frames, least, BLOCK: tl.constexpr):
     return tl.exp((least - means) / TEMPERATURE)
 
 
-@triton.jit
+@kernel
 def budgets_kernel(means_ptr, budgets_ptr, frames, places, keep, BLOCK: tl.constexpr):
     """Tokens for each frame, in one program: four passes over the frames, the last three from the cache."""
     lowest = tl.full([BLOCK], float("inf"), tl.float32)
@@ -207,7 +207,7 @@ def budgets_kernel(means_ptr, budgets_ptr, frames, places, keep, BLOCK: tl.const
         tl.store(budgets_ptr + offs, budget, mask=offs < frames)
 
 
-@triton.jit
+@kernel
 def ranks_kernel(similarity_ptr, budgets_ptr, out_ptr, places, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Scores for the last choice: within a frame's budget before beyond it, then less similar before more.
 
@@ -236,14 +236,12 @@ def steady_channels(features: Tensor) -> Tensor:
     """int64, ascending: the half of the channels of ``[N, D]`` whose variance is lowest."""
     features, tokens, _, row_stride = strided_rows(features)
     d, pieces = features.shape[1], min(PIECES, tokens)
-    means, squares = features.new_empty((2, pieces, d), dtype=torch.float32)
+    means, squares = features.new_empty((2, padded(pieces * d)), dtype=torch.float32)
     steadiness = features.new_empty(d, dtype=torch.float32)
     block = config("moments", features)
-    moments_kernel[(triton.cdiv(d, block["COLS"]), pieces)](
-        features, means, squares, tokens, pieces, row_stride, d, **block
-    )
+    moments_kernel[(cdiv(d, block["COLS"]), pieces)](features, means, squares, tokens, pieces, row_stride, d, **block)
     block = config("video", features)
-    variances_kernel[(triton.cdiv(d, block["BLOCK"]),)](means, squares, steadiness, tokens, pieces, d, **block)
+    variances_kernel[(cdiv(d, block["BLOCK"]),)](means, squares, steadiness, tokens, pieces, d, **block)
     return topk_select(steadiness, [max(1, d // 2)], None, True)
 
 
@@ -251,17 +249,15 @@ def similarities(features: Tensor, channels: Tensor, frames: int) -> tuple[Tenso
     """float32 ``[N]`` similarity of each token to video and frame, and ``[T]`` of each frame to the video."""
     features, tokens, _, row_stride = strided_rows(features)
     c, places = len(channels), tokens // frames
-    inverse, similarity, to_video = features.new_empty((3, tokens), dtype=torch.float32)
+    inverse, similarity, to_video = features.new_empty((3, padded(tokens)), dtype=torch.float32)[:, :tokens]
     centres, centre = features.new_empty((frames, c), dtype=torch.float32), similarity.new_empty(c)
     frame_means = similarity.new_empty(frames)
     block = config("frames", features)
-    norms_kernel[(triton.cdiv(tokens, block["BLOCK_N"]),)](features, channels, inverse, tokens, row_stride, c, **block)
+    norms_kernel[(cdiv(tokens, block["BLOCK_N"]),)](features, channels, inverse, tokens, row_stride, c, **block)
     tile, line = config("moments", features), config("video", features)
-    centres_kernel[(frames, triton.cdiv(c, tile["COLS"]))](
-        features, channels, inverse, centres, places, row_stride, c, **tile
-    )
-    centre_kernel[(triton.cdiv(c, line["BLOCK"]),)](centres, centre, frames, c, **line)
-    similarities_kernel[(frames, triton.cdiv(places, block["BLOCK_N"]))](
+    centres_kernel[(frames, cdiv(c, tile["COLS"]))](features, channels, inverse, centres, places, row_stride, c, **tile)
+    centre_kernel[(cdiv(c, line["BLOCK"]),)](centres, centre, frames, c, **line)
+    similarities_kernel[(frames, cdiv(places, block["BLOCK_N"]))](
         features, channels, inverse, centres, centre, similarity, to_video, places, row_stride, c, **block
     )
     frame_means_kernel[(frames,)](to_video, frame_means, places, **line)
@@ -276,23 +272,5 @@ def vidcom2_select(features: Tensor, frames: int, keep: float, k: int, sort: boo
     budgets = torch.empty(frames, dtype=torch.int32, device=features.device)
     budgets_kernel[(1,)](frame_means, budgets, frames, places, keep, **config("video", features))
     scores, block = torch.empty_like(similarity), config("ranks", similarity)
-    ranks_kernel[(frames, triton.cdiv(places, block["ROWS"]))](similarity, budgets, scores, places, **block)
+    ranks_kernel[(frames, cdiv(places, block["ROWS"]))](similarity, budgets, scores, places, **block)
     return topk_select(scores, [k], None, sort)
-
-
-def variants() -> list[Variant]:
-    floats = ("means", "squares", "out", "inverse", "centres", "centre", "similarity", "to_video")
-    types = {f"{name}_ptr": "*fp32" for name in floats}
-    types |= {"x_ptr": "*{dtype}", "channels_ptr": "*i64", "budgets_ptr": "*i32", "row_stride": "i64", "keep": "fp32"}
-    kernels = {
-        "moments": (moments_kernel, centres_kernel),
-        "video": (variances_kernel, centre_kernel, frame_means_kernel, budgets_kernel),
-        "frames": (norms_kernel, similarities_kernel),
-        "ranks": (ranks_kernel,),
-    }
-    found = []
-    for kind, some in kernels.items():
-        for kernel in some:
-            own = {name: type_ for name, type_ in types.items() if name in kernel.arg_names}
-            found += variants_of(kernel.__name__.removesuffix("_kernel"), kernel, kind, own)
-    return found

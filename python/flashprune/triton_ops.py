@@ -96,7 +96,7 @@ _SHAPES: dict[str, Callable[..., Tensor]] = {
 
 
 @functools.cache
-def _launcher(op: str) -> Callable[..., Tensor]:
+def launcher(op: str) -> Callable[..., Tensor]:
     return getattr(importlib.import_module(_module(op)), op)
 
 
@@ -106,7 +106,7 @@ def _implementation(op: str) -> Callable[..., Tensor]:
     def launch(*arguments: Any) -> Tensor:
         checks.one_device(overload, arguments)
         with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device; no effect for a CPU tensor
-            return _launcher(op)(*arguments)
+            return launcher(op)(*arguments)
 
     return launch
 
