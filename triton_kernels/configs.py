@@ -121,9 +121,10 @@ TABLE: dict[str, tuple[tuple[Any, ...], ...]] = {
     # Received attention: BLOCK_M rows stay, blocks of BLOCK_N stream past them; up to: head dimension.
     "received": (
         ("device",     "dtype", "up to", "BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
-        (ANY,          "fp32",  127,      32,        32,        4,           2),
+        (ANY,          "fp32",  127,      32,        32,        8,           2),
         (ANY,          "fp32",  128,      32,        64,        8,           2),
         (ANY,          "fp32",  256,      16,        32,        8,           2),
+        ("consumer",   HALF,    127,      64,        64,        4,           2),
         (ANY,          HALF,    128,      128,       64,        8,           3),
         (ANY,          HALF,    256,      128,       64,        8,           2),
     ),
