@@ -7,7 +7,6 @@ time, over rows that are read once from memory and once more, as somebody's pred
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
