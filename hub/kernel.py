@@ -8,6 +8,7 @@ backends are in the Python package flashprune.
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,9 @@ def mmr_select(
 ) -> Tensor:
     """Maximal marginal relevance (IDPruner): features `[N, D]`, importance `[N]`, `lam` its weight against cosine."""
     k = _budget(k, features, 2)
-    return _launch("mmr", features, _per_token("importance", importance, features), [k], None, lam, per_round, sort)
+    return _launch(
+        "mmr", features, _per_token("importance", importance, features), [k], None, float(lam), per_round, sort
+    )
 
 
 def maxmin_select(features: Tensor, k: int, *, sort: bool = True) -> Tensor:
@@ -56,9 +59,11 @@ def vidcom2_select(features: Tensor, frames: int, k: int, *, sort: bool = True) 
     return _launch("vidcom2", features, frames, k / len(features), k, sort)
 
 
-def _launch(name: str, *arguments: object) -> Tensor:
+def _launch(name: str, *arguments: Any) -> Tensor:
     # imported here, so that loading the kernel does not take Triton's seconds
-    return getattr(importlib.import_module(f".triton_kernels.{name}", __name__), f"{name}_select")(*arguments)
+    select = getattr(importlib.import_module(f".triton_kernels.{name}", __name__), f"{name}_select")
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device; no effect for a CPU tensor
+        return select(*arguments)
 
 
 def _budget(k: int, x: Tensor, dims: int) -> int:

@@ -1,7 +1,6 @@
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -76,18 +75,4 @@ def device() -> torch.device:
     """Where Triton kernels run: the GPU, or the CPU with Triton's interpreter."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    _let_the_interpreter_loop()
     return torch.device("cpu")
-
-
-def _let_the_interpreter_loop() -> None:
-    """Triton 3.6's interpreter makes `range(n)` of an argument from an array of one element, as NumPy 2.4 refuses."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_index(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_and_index

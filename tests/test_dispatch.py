@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from flashprune import dispatch, native, operators, triton_ops
 from inputs import VARIANTS, Variant, gaussian
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+GPU_STATUS = dispatch._gpu_status
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
 
@@ -125,7 +128,8 @@ def test_importing_asks_for_no_gpu() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_triton_without_a_gpu_says_so() -> None:
+def test_triton_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ops, "INTERPRETED", False)
     assert fp.backends()["triton"] == "no GPU: torch.cuda.is_available() is False"
     with pytest.raises(RuntimeError, match="backend='triton' cannot run: no GPU"):
         fp.topk_select(torch.ones(3), 1, backend="triton")
@@ -153,6 +157,45 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "cuda_status", lambda: "ready")
     monkeypatch.setattr(operators, "CUDA_KERNELS", frozenset())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton_ops, "INTERPRETED", False)
+    monkeypatch.setattr(dispatch, "_gpu_status", lambda: "ready")
+
+
+@pytest.mark.parametrize(
+    ("hip", "chip", "status"),
+    [
+        ("7.0", "gfx942:sramecc+:xnack-", "ready"),
+        ("7.0", "gfx1030", "GPU not known: the kernels are compiled for gfx942, gfx950, gfx1100 of AMD's, got gfx1030"),
+        (None, (9, 0), "ready"),
+        (None, (7, 5), "GPU too old: compute capability 7.5, and 8.0 or later is needed"),
+    ],
+)
+def test_triton_is_ready_where_its_kernels_compile(
+    hip: str | None, chip: Any, status: str, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_gpu_status", GPU_STATUS)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(gcnArchName=chip))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: chip)
+    assert fp.backends()["triton"] == status
+
+
+def test_triton_interpreted_runs_where_it_is_named() -> None:
+    """On CPU tensors, in a process that says so to Triton; "auto" does not take it."""
+    pytest.importorskip("triton")
+    script = """
+import torch, flashprune as fp
+from flashprune import dispatch
+print(fp.backends()["triton"].split(":")[0], fp.topk_select(torch.tensor([0.0, 2, 1]), 2, backend="triton").tolist())
+print(dispatch.resolve("auto", "topk_select", torch.device("cpu"), torch.float32))
+fp.topk_select(torch.ones(3, dtype=torch.float64), 1, backend="triton")
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert run.stdout.splitlines() in (["interpreter [1, 2]", name] for name in ("cpu", "reference"))
+    assert "backend='triton' cannot run: it takes float32" in run.stderr.splitlines()[-1]
 
 
 def test_a_gpu_without_kernels_falls_back(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,14 @@
 """The kernel for the Hugging Face Hub: its layout is complete, and it runs when loaded as the Hub's loader loads it."""
 
 import ast
+import importlib
 import importlib.util
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -89,6 +92,25 @@ def test_two_copies_select_as_the_package_does(project: Path, op: str, device: t
         assert getattr(kernel, f"{op}_select")(*arguments).tolist() == expected[op]().tolist()
     one, two = (sys.modules[f"{kernel.__name__}.triton_kernels.{op}"] for kernel in kernels)
     assert one is not two and one.__file__ == two.__file__
+
+
+def test_it_launches_on_the_device_of_its_tensors(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = load(project / "torch-ext" / "flashprune", "_flashprune_guarded")
+    topk = importlib.import_module(f"{kernel.__name__}.triton_kernels.topk")
+    guarded: list[torch.Tensor] = []
+    within: list[torch.Tensor] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        guarded.append(tensor)
+        yield
+        guarded.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(topk, "topk_select", lambda scores, *_: within.append(guarded[-1]))
+    scores = torch.zeros(4)
+    kernel.topk_select(scores, 2)
+    assert within[0] is scores and not guarded
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,6 @@ def interpreted(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @each_selector
-@pytest.mark.usefixtures("interpreted")
 def test_public_selectors_by_name(variant: Any, device: torch.device) -> None:
     """Eagerly and as one graph, with the picks of the definition, by the Triton operator alone."""
     features, importance = exact(variant, 12)
@@ -135,7 +134,6 @@ def test_public_selectors_by_name(variant: Any, device: torch.device) -> None:
     assert torch.equal(graph(*moved), picks)
 
 
-@pytest.mark.usefixtures("interpreted")
 def test_public_importance_by_name(device: torch.device) -> None:
     query, key, *_ = importance_cases(device)["query_attention"]
     tokens, keys, bounds, *_ = importance_cases(device)["received_attention-packed"]

@@ -83,7 +83,7 @@ def empty(*shape: int, dtype: str = "fp32") -> Any:
 def call(op: str, *arguments: Any) -> None:
     from flashprune import triton_ops
 
-    triton_ops.launcher(op)(*arguments)
+    triton_ops._launcher(op)(*arguments)
 
 
 def features(dtype: str, *shape: int) -> Iterator[Any]:

@@ -20,6 +20,23 @@ SPECIALIZED = frozenset((
 # fmt: on
 
 
+def _let_the_interpreter_loop() -> None:
+    """Triton 3.6's interpreter makes `range(n)` of an argument from an array of one element, as NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_index
+
+
+if INTERPRETED:
+    _let_the_interpreter_loop()
+
+
 def kernel(function: Callable[..., Any]) -> Any:
     """`triton.jit` of a kernel that is launched: one form whatever the counts and flags.
 

@@ -13,9 +13,11 @@ from . import checks, native, operators, triton_ops
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 READY = "ready"
+INTERPRETER = "interpreter: TRITON_INTERPRET=1 lets backend='triton' run on CPU tensors too, slowly"
 # Wide stages, which read everything once: those of the cuda backend are Triton kernels.
 WIDE = ("query_attention", "received_attention", "evs_select", "vidcom2_select")
 OLDEST_TRITON = (3, 6)
+AMD_CHIPS = ("gfx942", "gfx950", "gfx1100")
 
 
 def _triton_status() -> str:
@@ -46,6 +48,8 @@ _warned: set[str] = set()
 def backends() -> dict[str, str]:
     """Every backend with ``"ready"`` or the reason why it cannot run here, fastest first.
 
+    Under ``TRITON_INTERPRET=1`` that of Triton begins with ``"interpreter"``: it runs where it is named, and only there.
+
     >>> backends()["reference"]
     'ready'
     """
@@ -71,7 +75,7 @@ def resolve(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
 def unable(backend: str, op: str) -> str:
     """Why a backend cannot run an operator here, whatever the tensors; empty if it can."""
     status = _readiness(backend)
-    if status != READY:
+    if status not in (READY, INTERPRETER):
         return status
     if backend == "triton":
         return triton_ops.missing_kernel(op)
@@ -103,10 +107,30 @@ def _automatic(op: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _readiness(backend: str) -> str:
+    status = _status[backend]
+    if backend == "triton" and triton_ops.INTERPRETED and status == READY:
+        return INTERPRETER
     if backend == "triton" and not torch.cuda.is_available():
         return "no GPU: torch.cuda.is_available() is False"
-    status = _status[backend]
+    if backend == "triton" and status == READY:
+        return _gpu_status()
     return _cuda_status() if status is None else status
+
+
+def _gpu_status() -> str:
+    """Whether Triton compiles our kernels for this GPU, as the tests do ahead of time; kept once found."""
+    if "gpu" not in _cuda_found:
+        _cuda_found["gpu"] = _find_gpu()
+    return _cuda_found["gpu"]
+
+
+def _find_gpu() -> str:
+    if torch.version.hip is None:
+        return native.capability_status()
+    chip = torch.cuda.get_device_properties().gcnArchName.split(":")[0]
+    if chip not in AMD_CHIPS:
+        return f"GPU not known: the kernels are compiled for {', '.join(AMD_CHIPS)} of AMD's, got {chip}"
+    return READY
 
 
 def _cuda_status() -> str:
@@ -118,7 +142,8 @@ def _cuda_status() -> str:
 
 # As torch.compiler.assume_constant_result does, which imports the compiler and Triton for it: a graph that is traced
 # asks once and keeps the answer.
-vars(_cuda_status)["_dynamo_marked_constant"] = True
+for _asked in (_cuda_status, _gpu_status):
+    vars(_asked)["_dynamo_marked_constant"] = True
 
 
 def _refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -126,7 +151,7 @@ def _refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "reference":
         return ""
     takes = "cpu" if backend == "cpu" else "cuda"
-    if device.type != takes:
+    if device.type != takes and not (backend == "triton" and triton_ops.INTERPRETED and device.type == "cpu"):
         return f"it takes {takes} tensors, got {device}; move them or choose another backend"
     if dtype == torch.float64:
         return "it takes float32, float16 and bfloat16, got float64; convert, or choose backend='reference'"

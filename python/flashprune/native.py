@@ -64,6 +64,18 @@ def cuda_status() -> str:
         return status
     if not torch.cuda.is_available():
         return "no GPU: torch.cuda.is_available() is False"
+    return capability_status()
+
+
+def capability_status() -> str:
+    """`"ready"`, or one line: why the current NVIDIA GPU is too old. Initialises CUDA.
+
+    Example:
+        >>> import torch
+        >>> from flashprune import native
+        >>> if torch.cuda.is_available():
+        ...     assert len(native.capability_status().splitlines()) == 1
+    """
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST_CAPABILITY:
         return "GPU too old: compute capability {}.{}, and 8.0 or later is needed".format(*capability)

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from . import attention, checks, operators
 
+# Triton's own switch: kernels then run on CPU tensors, as NumPy, for who develops or tests them.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 _SCHEMAS = {
     "topk_select": "(Tensor scores, int[] k, Tensor? cu_seqlens, bool sort) -> Tensor",
     "mmr_select": "(Tensor features, Tensor importance, int[] k, Tensor? cu_seqlens, float lam, int per_round, "
@@ -96,7 +99,7 @@ _SHAPES: dict[str, Callable[..., Tensor]] = {
 
 
 @functools.cache
-def launcher(op: str) -> Callable[..., Tensor]:
+def _launcher(op: str) -> Callable[..., Tensor]:
     return getattr(importlib.import_module(_module(op)), op)
 
 
@@ -106,7 +109,7 @@ def _implementation(op: str) -> Callable[..., Tensor]:
     def launch(*arguments: Any) -> Tensor:
         checks.one_device(overload, arguments)
         with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device; no effect for a CPU tensor
-            return launcher(op)(*arguments)
+            return _launcher(op)(*arguments)
 
     return launch
 
@@ -117,5 +120,5 @@ for _op, _schema in _SCHEMAS.items():
     operators.register_shape(f"flashprune_triton::{_op}", _SHAPES[_op], _library)
 for _op in KERNELS:
     _library.impl(_op, _implementation(_op), "CUDA")
-    if os.environ.get("TRITON_INTERPRET") == "1":  # Triton's own switch: kernels then run on CPU tensors, for tests
+    if INTERPRETED:
         _library.impl(_op, _implementation(_op), "CPU")
