@@ -48,7 +48,7 @@ _warned: set[str] = set()
 def backends() -> dict[str, str]:
     """Every backend with ``"ready"`` or the reason why it cannot run here, fastest first.
 
-    Under ``TRITON_INTERPRET=1`` that of Triton begins with ``"interpreter"``: it runs where it is named, and only there.
+    Under ``TRITON_INTERPRET=1`` Triton's begins with ``"interpreter"``: it runs where it is named, and only there.
 
     >>> backends()["reference"]
     'ready'
