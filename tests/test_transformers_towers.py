@@ -1,6 +1,7 @@
 """Which patches a token is made of, and what they have received, for the towers of further families."""
 
 import inspect
+import itertools
 from typing import Any
 
 import pytest
@@ -126,3 +127,31 @@ def test_idefics3_is_watched_in_whole_tiles_only() -> None:
         pytest.raises(ValueError, match="pixel_attention_mask must show whole tiles"),
     ):
         model(**batch)
+
+
+@pytest.mark.parametrize("settings", [{"method": "idpruner", "scorer": vlm.scorer()}, {"method": "fastv"}], ids=str)
+@torch.no_grad()
+def test_a_video_of_which_the_model_drops_tokens_itself(settings: dict[str, Any]) -> None:
+    model, _ = vlm.built("video_llama_3")
+    batch = dict(vlm.video("video_llama_3"))
+    video = batch["input_ids"] == model.config.video_token_id
+    shown = torch.rand(int(video.sum()), generator=torch.Generator().manual_seed(0)) < 0.6
+    stays = (~video).masked_scatter(video, shown)
+    batch |= {name: batch[name][stays][None] for name in ("input_ids", "attention_mask")}
+    batch["video_compression_mask"] = shown
+    given = vlm.whole(model, batch)
+    options = {"do_sample": False, "min_new_tokens": 4, "max_new_tokens": 4}
+    with prune(model, keep=0.3, **settings) as handle:
+        output = model(**batch).logits[0, -1]
+        reply = model.generate(**batch, **options)[0, given.ids.shape[1] :].tolist()
+        kept, last = vlm.kept_columns(handle.last, 0), handle.last
+    right = vlm.logits(given, 0, kept, vlm.first_pruned(settings["method"]), reply[:-1])
+    torch.testing.assert_close(output, right[0], atol=vlm.TOLERANCE, rtol=0)
+    assert right.argmax(-1).tolist() == reply
+    item = last.items[0][0]
+    assert last.counts == [(int(shown.sum()), round(0.3 * int(shown.sum())))]
+    assert item.positions.tolist() == [
+        [t, y, x]
+        for (t, y, x), here in zip(itertools.product(range(5), range(3), range(4)), shown, strict=True)
+        if here
+    ]

@@ -157,6 +157,8 @@ def whole(model: Any, batch: Any, by_column: bool = False) -> Whole:
         given = {name: batch[name] for name in inspect.signature(encode).parameters if name in batch}
         output = encode(**given, return_dict=True)
         features = torch.cat(list(output.pooler_output)).flatten(0, -2)
+        if kind == "video" and "video_compression_mask" in batch:
+            features = features[batch["video_compression_mask"]]
         here = ids == placeholder(base, kind)
         visual |= here
         embeds = embeds.masked_scatter(here.unsqueeze(-1), features)

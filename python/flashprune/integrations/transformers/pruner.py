@@ -222,7 +222,10 @@ class Pruner:
             raise ValueError(f"attention_mask must be [B, L] for a pruned model, got {got}")
         kinds = self.family.kinds(self.base, forward.input_ids, forward.inputs_embeds).cpu()
         rows, columns = kinds.shape
-        placed = place(kinds, forward.encoded, self.family.join_adjacent)
+        encoded = {
+            kind: self.family.delivered(kind, items, forward.arguments) for kind, items in forward.encoded.items()
+        }
+        placed = place(kinds, encoded, self.family.join_adjacent)
         attended = (
             torch.ones(rows, columns, dtype=torch.bool) if mask is None else mask[:, -columns:].to("cpu", torch.bool)
         )

@@ -44,6 +44,11 @@ class Item:
         last = torch.tensor([[t, h - 1, w]], dtype=torch.int32)
         return replace(self, positions=torch.cat([self.positions, last]))
 
+    def part(self, mask: Tensor) -> Item:
+        """The tokens where bool `[n]` is true, each where it was."""
+        scores, embeds = (None if one is None else one[mask.to(one.device)] for one in (self.scores, self.embeds))
+        return replace(self, positions=self.positions[mask.to(self.positions.device)], scores=scores, embeds=embeds)
+
     def joined(self, other: Item) -> Item:
         """Both as one item, the other's planes after this one's."""
         shifted = other.positions.clone()

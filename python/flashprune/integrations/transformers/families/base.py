@@ -30,6 +30,10 @@ class Family:
         """The images or videos of one call of the encoder, in the order of their placeholders."""
         raise self._lacks("items")
 
+    def delivered(self, kind: str, items: list[Item], arguments: Mapping[str, Any]) -> list[Item]:
+        """What of `items` enters the LLM; `arguments` are those of the base model's forward."""
+        return items
+
     def scores(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any, calls: Calls) -> list[Tensor]:
         """`[n]` for each of `items`, from the attention of the encoder's layer that `calls` saw.
 

@@ -22,6 +22,14 @@ class VideoLlama3(Family):
     def items(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any) -> list[Item]:
         return [Item.of_planes(kind, [(h, w)] * t) for t, h, w, _ in self._grids(kind, arguments)]
 
+    def delivered(self, kind: str, items: list[Item], arguments: Mapping[str, Any]) -> list[Item]:
+        """Of a video, as the processor has it, only what differs from the frame before."""
+        mask = arguments.get("video_compression_mask")
+        if kind != "video" or mask is None:
+            return items
+        parts = mask.to("cpu", torch.bool).split([len(item) for item in items])
+        return [item.part(one) for item, one in zip(items, parts, strict=True)]
+
     def scores(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any, calls: Calls) -> list[Tensor]:
         """What the patches of a token have received, together."""
         grids = self._grids(kind, arguments)
