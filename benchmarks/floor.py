@@ -1,6 +1,6 @@
 """What no selection can be faster than, from what this machine was measured to do in the same run.
 
-The floor of design section 6 without its chain of dependent picks: the larger of reading every input once at the speed
+The floor leaves out that each pick depends on the one before: it is the larger of reading every input once at the speed
 of a copy and of multiplying every token with every pick at the speed of a large matrix product, plus one launch. The
 second is what an exact greedy selection does that compares every token with every pick. The blocked engine proves some
 of that unnecessary, so on redundant images it can fall below this line; below `read` nothing can.

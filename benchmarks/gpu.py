@@ -24,7 +24,7 @@ from flashprune import dispatch
 RUNS, WARM_UP, LOOP_RUNS = 25, 3, 3
 SIZES = ((576, 64, 4096), (2880, 720, 4096), (16384, 1638, 3584))  # tokens N, kept K, features D
 COLD = 256 << 20  # bytes written between runs, more than any L2 cache
-STEP_NS = 55  # of the plan, for one of the dependent picks: see the note under the tables
+STEP_NS = 55  # an estimate, for one of the dependent picks: see the note under the tables
 
 
 class Stage(NamedTuple):

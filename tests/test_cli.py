@@ -389,8 +389,9 @@ class TestCommand:
         result = run("--version")
         assert (result.exit_code, result.stdout, result.stderr) == (0, f"flashprune {fp.__version__}\n", "")
 
-    def test_wrong_input(self, tmp_path: Path) -> None:
-        done = self.call("-m", "flashprune.cli", "select", str(tmp_path / "none.png"))
+    @pytest.mark.parametrize("module", ["flashprune", "flashprune.cli"])
+    def test_wrong_input(self, module: str, tmp_path: Path) -> None:
+        done = self.call("-m", module, "select", str(tmp_path / "none.png"))
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == f"flashprune: error: there is no file {tmp_path / 'none.png'}\n"
 

@@ -34,12 +34,19 @@ struct GreedyOptions {
 };
 
 // Policy, for tokens i and picks t = 0, 1, ... in the order they were made:
-//   Key key(int i)                       the token's place in the order by what it has absorbed; kNoKey: it is out
-//   void absorb(int i, int t, float cos) lowers token i by pick t, called once for each t, ascending; touches only
-//   token i void picked(int i, int t)            token i became pick t, having absorbed all picks that count before it
-//   static constexpr bool kWindowed      most pairs need no cosine at all; then also
-//     bool near(int i, int j)            whether the pair needs one
-//     void near_picks(int i, int from, std::vector<int>& out)  picks t >= from that are near token i, ascending
+//
+//   Key key(int i)
+//     The token's place in the order by what it has absorbed; kNoKey: it is out.
+//   void absorb(int i, int t, float cosine)
+//     Lowers token i by pick t. Called once for each t, ascending; touches token i alone.
+//   void picked(int i, int t)
+//     Token i became pick t, having absorbed all picks that count before it.
+//   static constexpr bool kWindowed
+//     Most pairs need no cosine at all. Then also:
+//   bool near(int i, int j)
+//     Whether the pair needs one.
+//   void near_picks(int i, int from, std::vector<int>& out)
+//     Picks t >= from that are near token i, ascending.
 template <class Policy>
 class Greedy {
  public:

@@ -1,0 +1,5 @@
+"""`python -m flashprune` is the `flashprune` command."""
+
+from .cli import main
+
+main()
