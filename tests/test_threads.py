@@ -1,8 +1,10 @@
 """The engine's team of threads: the same picks with any number of threads, from several at once, and after a fork."""
 
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -91,3 +93,52 @@ def test_after_a_fork() -> None:
     if child == 0:  # only the selection: torch's own thread pool does not survive a fork
         os._exit(0 if torch.equal(select(), alone) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@contextmanager
+def alarms(*, raising: bool) -> Iterator[list[int]]:
+    """SIGALRM every 20 ms; the numbers that its handler was run with. Raising, it raises at the third."""
+    ran: list[int] = []
+
+    def handler(number: int, frame: object) -> None:
+        ran.append(number)
+        if raising and len(ran) == 3:
+            raise TimeoutError("third alarm")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    try:
+        yield ran
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("segments", [1, 40])
+@pytest.mark.parametrize("method", ["maxmin", "mmr", "dpp"])
+def test_a_signal_stops_a_long_call(method: str, segments: int, threads: int) -> None:
+    """An engine that looks for signals only when it is done has the handler run once."""
+    torch.set_num_threads(threads)
+    features, importance = (x.expand(segments, *x.shape) for x in inputs(16000 // int(segments**0.5), 64))
+    more = () if method == "maxmin" else (importance,)
+    with pytest.raises(TimeoutError, match="third alarm") as caught, alarms(raising=True):
+        getattr(fp, f"{method}_select")(features, *more, features.shape[1] // 2, backend="cpu")
+    assert caught.value.__context__ is None
+    assert torch.equal(select(), select())  # the team works on
+
+
+def test_handlers_that_raise_nothing_run_during_a_call() -> None:
+    features, _ = inputs(6000, 64)
+    with alarms(raising=False) as ran:
+        picks = fp.maxmin_select(features, 3000, backend="cpu")
+        assert len(ran) > 2
+    assert torch.equal(picks, fp.maxmin_select(features, 3000, backend="cpu"))
+
+
+def test_signals_stop_the_main_threads_call_alone() -> None:
+    with ThreadPoolExecutor(1) as executor:
+        running = executor.submit(fp.maxmin_select, inputs(6000, 64)[0], 3000, backend="cpu")
+        with pytest.raises(TimeoutError, match="third alarm"), alarms(raising=True):
+            fp.maxmin_select(inputs(16000, 64)[0], 8000, backend="cpu")
+        assert len(running.result()) == 3000

@@ -101,7 +101,7 @@ Tensor Segments::run(bool sort, const Select& select) const {
     // Many segments: a thread each. Few: one after another, all threads inside.
     const int count = int(list_.size());
     if (count >= 2 * threads) {
-      parallel(count, [&](int s) { one(list_[size_t(s)], {1, run_serially}); });
+      parallel(count, [&](int s) { one(list_[size_t(s)], {1, run_serially, parallel.poll}); });
     } else {
       for (const Segment& segment : list_) one(segment, parallel);
     }

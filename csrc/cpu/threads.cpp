@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "flashprune/team.h"
+#include "interruption.h"
 
 namespace flashprune {
 namespace {
@@ -69,18 +70,21 @@ void run_serially(int tasks, const std::function<void(int)>& body) {
 
 void with_threads(int threads, const std::function<void(const ParallelFor&)>& work) {
   const DefaultArithmetic arithmetic;
-  if (threads <= 1) return work({1, run_serially});
+  Interruption interruption;
+  const auto poll = [&] { interruption.poll(); };
+  if (threads <= 1) return work({1, run_serially, poll});
   Pool& here = pool();
   const std::unique_lock<std::mutex> lead(here.leader, std::try_to_lock);
-  if (!lead.owns_lock()) return work({1, run_serially});
+  if (!lead.owns_lock()) return work({1, run_serially, poll});
   here.grow(threads);
-  work({threads, [&](int tasks, const std::function<void(int)>& body) {
-          if (tasks > 1) {
-            here.team.run(threads, tasks, body);
-          } else {
-            run_serially(tasks, body);
-          }
-        }});
+  const auto run = [&](int tasks, const std::function<void(int)>& body) {
+    if (tasks > 1) {
+      here.team.run(threads, tasks, body);
+    } else {
+      run_serially(tasks, body);
+    }
+  };
+  work({threads, run, poll});
 }
 
 }  // namespace flashprune

@@ -17,6 +17,26 @@ def namespace(backend: str) -> Any:
     return torch.ops.flashprune_triton if backend == "triton" else torch.ops.flashprune
 
 
+def call(backend: str, op: str, *arguments: Any) -> Tensor:
+    """An operator of a backend; raises what the handler of a signal raised while the CPU engine ran."""
+    operator = getattr(namespace(backend), op)
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        if "flashprune: interrupted by a signal" not in str(error):
+            raise
+    _take_up_signals()
+    raise InterruptedError(f"{op} was interrupted by a signal")
+
+
+def _take_up_signals() -> None:
+    """Python raises at calls and at the ends of loops what the engine has kept for it (csrc/cpu/interruption.h)."""
+    for _ in range(2):
+        pass
+
+
 def indices(tokens: Tensor, k: list[int], cu_seqlens: Tensor | None) -> Tensor:
     """A result, not filled, for ``tokens [N]``, ``[B, N]`` or packed ``[T]``."""
     if cu_seqlens is not None:

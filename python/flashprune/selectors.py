@@ -24,7 +24,7 @@ from torch import Tensor
 from . import arguments
 from .checks import Grid
 from .dispatch import resolve
-from .operators import namespace
+from .operators import call
 from .reference import selectors as reference
 
 __all__ = ["dpp_select", "maxmin_select", "mis_select", "mmr_select", "topk_select"]
@@ -63,7 +63,7 @@ def topk_select(
     backend = resolve(backend, "topk_select", scores.device, scores.dtype)
     if backend == "reference":
         return reference.topk_select(scores, k, cu_seqlens=cu_seqlens, sort=sort)
-    return namespace(backend).topk_select(scores, ks, cu_seqlens, sort)
+    return call(backend, "topk_select", scores, ks, cu_seqlens, sort)
 
 
 def mmr_select(
@@ -113,7 +113,7 @@ def mmr_select(
             features, importance, k, lam=lam, per_round=per_round, cu_seqlens=cu_seqlens, sort=sort
         )
     importance = _single(importance)
-    return namespace(backend).mmr_select(features, importance, ks, cu_seqlens, lam, per_round, sort)
+    return call(backend, "mmr_select", features, importance, ks, cu_seqlens, lam, per_round, sort)
 
 
 def mis_select(
@@ -187,7 +187,7 @@ def mis_select(
             similarity=similarity, proximity=proximity, radius=radius, sigma=sigma, temporal_radius=temporal_radius,
             pivots=pivots, pivots_suppress=pivots_suppress, cu_seqlens=cu_seqlens, sort=sort,
         )  # fmt: skip
-    return namespace(backend).mis_select(
+    return call(backend, "mis_select",
         features, _single(importance), ks, places, cu_seqlens, alpha, threshold, similarity, proximity, radius, sigma,
         temporal_radius, pivot_counts, pivots_suppress, sort,
     )  # fmt: skip
@@ -230,7 +230,7 @@ def maxmin_select(
     backend = resolve(backend, "maxmin_select", features.device, features.dtype)
     if backend == "reference":
         return reference.maxmin_select(features, k, cu_seqlens=cu_seqlens, sort=sort)
-    return namespace(backend).maxmin_select(features, ks, cu_seqlens, sort)
+    return call(backend, "maxmin_select", features, ks, cu_seqlens, sort)
 
 
 def dpp_select(
@@ -273,7 +273,7 @@ def dpp_select(
     backend = resolve(backend, "dpp_select", features.device, features.dtype)
     if backend == "reference":
         return reference.dpp_select(features, relevance, k, cu_seqlens=cu_seqlens, sort=sort)
-    return namespace(backend).dpp_select(features, _single(relevance), ks, cu_seqlens, sort)
+    return call(backend, "dpp_select", features, _single(relevance), ks, cu_seqlens, sort)
 
 
 def _single(scores: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import arguments
 from .dispatch import resolve
-from .operators import namespace
+from .operators import call
 from .reference import video as reference
 
 __all__ = ["evs_select", "vidcom2_select"]
@@ -62,7 +62,7 @@ def evs_select(
     backend = resolve(backend, "evs_select", features.device, features.dtype)
     if backend == "reference":
         return reference.evs_select(features, thw, merge, q=q, sort=sort)
-    return namespace(backend).evs_select(features, frames, k, sort)
+    return call(backend, "evs_select", features, frames, k, sort)
 
 
 def vidcom2_select(
@@ -108,4 +108,4 @@ def vidcom2_select(
     backend = resolve(backend, "vidcom2_select", features.device, features.dtype)
     if backend == "reference":
         return reference.vidcom2_select(features, thw, merge, q=q, sort=sort)
-    return namespace(backend).vidcom2_select(features, frames, keep, k, sort)
+    return call(backend, "vidcom2_select", features, frames, keep, k, sort)

@@ -15,12 +15,19 @@
 
 namespace flashprune {
 
-// Calls body(0) ... body(tasks - 1), in any order, on up to `threads` threads at once.
+// Calls body(0) ... body(tasks - 1), in any order, on up to `threads` threads at once. Before each, poll: it throws if
+// the call is to stop.
 struct ParallelFor {
   int threads;
   std::function<void(int tasks, const std::function<void(int)>& body)> run;
+  std::function<void()> poll;
 
-  void operator()(int tasks, const std::function<void(int)>& body) const { run(tasks, body); }
+  void operator()(int tasks, const std::function<void(int)>& body) const {
+    run(tasks, [&](int task) {
+      poll();
+      body(task);
+    });
+  }
 };
 
 // Scratch of `count` normalised rows. Memory is untouched until written, so a generous count costs only address space.

@@ -16,7 +16,7 @@ namespace flashprune {
 class Team {
  public:
   // Called by the one thread that leads: runs body(0) ... body(tasks - 1) with the helpers 1 ... threads - 1, those
-  // that come. Rethrows what a body threw.
+  // that come. Rethrows what a body threw; bodies that have not begun by then are left out.
   void run(int threads, int tasks, const std::function<void(int)>& body) {
     ++job_;
     // A latecomer may still hold a ticket of the job before. It is void before the new job's numbers can be seen.
@@ -79,7 +79,7 @@ class Team {
       if (task >= tasks) return false;
     } while (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire));
     try {
-      (*body)(task);
+      if (!failed_.load(std::memory_order_relaxed)) (*body)(task);
     } catch (...) {
       if (!failed_.exchange(true, std::memory_order_acq_rel)) error_ = std::current_exception();
     }
