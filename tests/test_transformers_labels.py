@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("transformers", minversion="5.19")
 
@@ -248,14 +250,24 @@ def test_the_models_own_loss_is_used_and_given_back() -> None:
     assert model.loss_function is len
 
 
+class OneDevice(TorchDispatchMode):
+    """Operators take tensors of one device, as on a GPU: the meta device would let others pass."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor) and one.dim()]
+        assert len({one.device for one in given}) < 2, func
+        return func(*args, **(kwargs or {}))
+
+
 def test_a_head_on_another_device() -> None:
-    """As accelerate may place it; the meta device, which computes nothing, stands for it."""
+    """As accelerate may place it."""
     goes_on = torch.tensor([[True, False, True, True]])
     index = torch.tensor([[0, 2, 3]])
     cut = Cut(index, torch.ones_like(index, dtype=torch.bool), goes_on, ~goes_on, torch.tensor([0]), False)
     asked = Asked(vlm.built("llava")[0], {"logits_to_keep": torch.tensor([0, -1])})
     asked.prefill = SimpleNamespace(cut=cut)  # type: ignore[assignment]
-    assert asked.states(torch.zeros(1, 3, 8, device="meta")).shape == (1, 2, 8)
+    with OneDevice():
+        assert asked.states(torch.zeros(1, 3, 8, device="meta")).shape == (1, 2, 8)
 
 
 def test_a_head_that_is_not_called_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

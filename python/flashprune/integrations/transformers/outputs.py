@@ -73,7 +73,6 @@ class Asked:
 
 def _at(states: Tensor, wanted: Tensor, cut: Cut | None) -> Tensor:
     """Of `[B, L', D]`, what stood at the columns `[n]` or `[B, n]`, or where a mask `[L]` or `[B, L]` is true."""
-    wanted = wanted.to(states.device if cut is None else cut.goes_on.device)  # models may be spread over devices
     if wanted.dtype == torch.bool and wanted.dim() == 2:
         if cut is not None:
             _check("logits_to_keep", wanted & ~cut.goes_on)
