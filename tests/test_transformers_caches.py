@@ -227,6 +227,30 @@ def test_a_crop_before_the_image_gives_the_cache_back_to_any_model(method: str) 
 
 
 @both
+@torch.no_grad()
+def test_a_prefix_is_used_for_one_image_after_another(method: str) -> None:
+    """Computed by the unpruned model, it is the same after each."""
+    model, processor = vlm.built("llava")
+    text = processor.tokenizer("You are a helpful assistant. Answer briefly.", return_tensors="pt")["input_ids"]
+    cache = model(input_ids=text).past_key_values
+    n, before = text.shape[1], [layer.keys.clone() for layer in cache.layers]
+    for photo in ("astronaut.png", "coffee.png"):
+        batch = vlm.tiny_models.inputs(processor, [[vlm.photo(photo, 112, 84)]], ["What?"])
+        ids = torch.cat([text, batch["input_ids"]], dim=1)
+        whole = {**batch, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with pruned(model, method) as handle:
+            right = model(**whole)
+            kept = [column - n for column in vlm.kept_columns(handle.last, 0)]
+            found = model(**{**batch, "attention_mask": whole["attention_mask"]}, past_key_values=cache)
+            assert vlm.kept_columns(handle.last, 0) == kept
+        torch.testing.assert_close(found.logits[:, -1], right.logits[:, -1], atol=TOLERANCE, rtol=0)
+        assert cache.get_seq_length() == ids.shape[1]
+        cache.crop(n - cache.get_seq_length())
+        assert type(cache) is DynamicCache
+        assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
+
+
+@both
 @families
 @torch.no_grad()
 def test_a_second_image_is_rolled_back(family: str, method: str) -> None:

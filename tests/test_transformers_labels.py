@@ -183,6 +183,36 @@ def test_labels_of_the_last_columns(method: str) -> None:
 
 
 @both
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@torch.no_grad()
+def test_labels_of_what_follows_on_a_pruned_cache(family: str, method: str) -> None:
+    """Another image with text, then text alone: labels are those of the new columns."""
+    model, processor = vlm.built(family)
+    photos = [vlm.photo("astronaut.png", 112, 84), vlm.photo("coffee.png", 150, 150)]
+    turns = [vlm.tiny_models.inputs(processor, [[one]], [text]) for one, text in zip(photos, "ab", strict=True)]
+    given = vlm.joined([vlm.whole(model, turn) for turn in turns], turns)
+    numbers = given.positions if family in vlm.QWEN_VL else given.positions[0]
+    n, end = turns[0]["input_ids"].shape[1], given.ids.shape[1]
+    labels, reply = text_labels(given), torch.tensor([[5, 9, 21, 7]])
+    kept: list[int] = []
+    cache = None
+    with pruned(model, method) as handle:
+        for turn, start, stop in ((turns[0], 0, n), (turns[1], n, end)):
+            where = {"attention_mask": given.attended[:, :stop].long(), "position_ids": numbers[..., start:stop]}
+            output = model(**{**turn, **where}, past_key_values=cache, labels=labels[:, start:stop])
+            cache = output.past_key_values
+            kept += [start + column for column in vlm.kept_columns(handle.last, 0)]
+        after = (numbers.max() + 1 + torch.arange(4)).expand(*numbers.shape[:-1], -1)
+        said = model(input_ids=reply, position_ids=after, past_key_values=cache, labels=reply)
+    wanted = labels.clone()
+    wanted[:, : n + 1] = -100  # the first column of a call has nothing before it there
+    torch.testing.assert_close(output.loss, right_loss(given, [kept], wanted, method), atol=1e-5, rtol=0)
+    right = vlm.logits(given, 0, kept, vlm.first_pruned(method), reply[0].tolist())
+    expected = torch.nn.functional.cross_entropy(right[1:-1], reply[0, 1:])
+    torch.testing.assert_close(said.loss, expected, atol=1e-5, rtol=0)
+
+
+@both
 def test_what_was_dropped_cannot_be_asked_for(method: str) -> None:
     model, _ = vlm.built("llava")
     batch = vlm.three("llava")
