@@ -1,3 +1,4 @@
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -290,11 +291,14 @@ def test_a_configuration_that_prunes_no_video_is_told(
     processor.save_pretrained(tmp_path)
     settings.setattr(registry, "_run_in_subprocess", lambda look: look())  # where torchvision has its stand-in
     theirs = arg_utils.EngineArgs.create_model_config
+    settings.setattr(logging.getLogger("vllm.flashprune"), "level", logging.WARNING)  # as before logging is set up
+    logging.getLogger("vllm.flashprune").manager._clear_cache()
     load("mmr")
-    warned: list[str] = []
-    settings.setattr(integration, "warn_of_no_effect", lambda settings, why, logger: warned.append(why))
+    told: list[str] = []
+    settings.setattr(integration, "warn_of_no_effect", lambda settings, why, logger: told.append(why))
+    settings.setattr(integration, "announce", lambda settings, logger: told.append("prunes"))
     arg_utils.EngineArgs(model=str(tmp_path), **rate).create_model_config()
-    assert len(warned) == (why is not None) and all(line.startswith(str(why)) for line in warned)
+    assert len(told) == 1 and told[0].startswith(why or "prunes")
     plugin.unregister()
     assert arg_utils.EngineArgs.create_model_config is theirs
 

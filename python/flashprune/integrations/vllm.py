@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -54,7 +55,8 @@ def unregister() -> None:
 
 
 def _watch(settings: video.Settings, logger: Any) -> None:
-    """Plugins are loaded before the model's configuration is made: look at it then."""
+    """Plugins are loaded before the model's configuration is made, and before logging is set up: tell more then."""
+    announced = logger.isEnabledFor(logging.INFO)
     arguments = import_module(_ARGUMENTS).EngineArgs
     theirs = arguments.create_model_config
 
@@ -63,6 +65,8 @@ def _watch(settings: video.Settings, logger: Any) -> None:
         config = theirs(self, *args, **kwargs)
         if why := _no_effect(config):
             video.warn_of_no_effect(settings, why, logger)
+        elif not announced:
+            video.announce(settings, logger)
         return config
 
     _configured.append(theirs)
