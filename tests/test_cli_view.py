@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 pytest.importorskip("transformers", minversion="5.19")
 
 from examples import tiny_models
+from tests import vlm
 
 import flashprune as fp
 from flashprune.cli import app, draw, files, page
@@ -29,7 +31,7 @@ from flashprune.cli.models import load, prompt_inputs
 from flashprune.cli.photos import load_photo, photo_path
 from flashprune.cli.planes import panels
 from flashprune.cli.view import PAGE, PICTURE, Answer, agreement
-from flashprune.integrations.transformers import prune
+from flashprune.integrations.transformers import Item, prune
 from flashprune.integrations.transformers.profiling import Variant, selection_of
 
 PHOTO = photo_path("rocket.jpg")
@@ -196,6 +198,44 @@ def test_the_panels_cover_what_the_model_saw(folders: dict[str, Path], family: s
         size = (pixels.shape[1], pixels.shape[0])
         part = panel.picture(image, 10_000).resize(size, Image.Resampling.BICUBIC)
         assert abs(np.asarray(part) - pixels).mean() < 1.5
+
+
+WHOLE = ("mistral3", "lighton_ocr", "paligemma", "video_llama_3", "deepseek_vl", "deepseek_vl_hybrid", "vipllava")
+CUT = ("qianfan_ocr", "aya_vision", "cohere2_vision", "ovis2", "idefics3", "smolvlm", "llava_next_video")
+
+
+@pytest.mark.parametrize("portrait", [False, True])
+@pytest.mark.parametrize("family", [family for family in (*WHOLE, *CUT) if family in vlm.MORE])
+def test_the_panels_of_further_families(family: str, portrait: bool) -> None:
+    """Every token is in one cell of one panel, and the tiles that the model saw are where the panel has them."""
+    image = Image.fromarray(load_photo("rocket.jpg")).crop((0, 0, 500, 300))
+    image = image.rotate(90, expand=True) if portrait else image
+    model, processor = vlm.built(family)
+    inputs = prompt_inputs(processor, [image], PROMPT)
+    item = functools.reduce(Item.joined, selection_of(model, inputs, Variant("divprune", 1.0)).items[0])
+    found = panels(family, processor, image.size, item)
+    assert len(found) == (2 if family in CUT else 1)
+    for one in found:
+        shown = one.cells[one.cells >= 0]
+        assert sorted(shown.tolist()) == list(range(one.grid[0] * one.grid[1]))
+    newlines = int((item.positions[:, 2] >= found[0].grid[1]).sum()) if family == "llava_next_video" else 0
+    assert sum(int((one.cells >= 0).sum()) for one in found) == len(item) - newlines
+    if family in ("lighton_ocr", "mistral3", "video_llama_3", "llava_next_video"):
+        return
+    mean, std = (np.array(getattr(processor.image_processor, f"image_{name}")) for name in ("mean", "std"))
+    tiles = inputs["pixel_values"].numpy().reshape(-1, *inputs["pixel_values"].shape[-3:])
+    tiles = (tiles.transpose(0, 2, 3, 1) * std + mean) * 255
+    seen = [tiles[0] if family in WHOLE or family == "ovis2" else tiles[-1]]
+    if family in CUT:
+        side = len(tiles[0])
+        rows, columns = (count // 4 for count in found[0].grid)
+        grid = (tiles[1:] if family == "ovis2" else tiles[:-1]).reshape(rows, columns, *tiles.shape[1:])
+        seen.insert(0, grid.transpose(0, 2, 1, 3, 4).reshape(rows * side, columns * side, 3))
+    for pixels, panel in zip(seen, found, strict=True):
+        size = (pixels.shape[1], pixels.shape[0])
+        part = np.asarray(panel.picture(image, 10_000).resize(size, Image.Resampling.BICUBIC))
+        inside = (part > 0).any(-1)  # not what is padded
+        assert abs(part - pixels)[inside].mean() < 6
 
 
 class TestPage:

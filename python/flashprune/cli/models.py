@@ -82,7 +82,10 @@ def prompt_inputs(processor: Any, images: Sequence[Image], text: str) -> Any:
 def batch_inputs(processor: Any, images: Sequence[Sequence[Image]], text: str) -> Any:
     """:func:`prompt_inputs` for several prompts with the same text, padded to one length."""
     texts = [_prompt(processor, len(own), text) for own in images]
-    return processor(images=[list(own) for own in images], text=texts, padding=len(texts) > 1, return_tensors="pt")
+    shown = [list(own) for own in images]
+    inputs = processor(images=shown, text=texts, padding=len(texts) > 1, return_tensors="pt")
+    inputs.pop("labels", None)  # PaliGemma's come with every prompt
+    return inputs
 
 
 def _prompt(processor: Any, images: int, text: str) -> str:

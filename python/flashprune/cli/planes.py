@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from ..integrations.transformers import Item
 
 
+# Families whose image is cut into tiles, and where the whole of it comes: before them or after.
+_TILED = dict.fromkeys(("internvl", "qianfan_ocr", "aya_vision", "cohere2_vision", "idefics3", "smolvlm"), "after")
+_TILED["ovis2"] = "before"
+_PACKED = ("llava_next", "llava_next_video", "llava_onevision")  # the model itself puts the tiles together
+_CROPPED = ("llava", "vipllava", "deepseek_vl", "deepseek_vl_hybrid", "janus")  # or padded to a square
+
+
 @dataclass(frozen=True)
 class Panel:
     """A grid of tokens over a part of the image.
@@ -50,17 +57,20 @@ class Panel:
 def panels(model_type: str, processor: Any, size: tuple[int, int], item: Item) -> list[Panel]:
     """The panels of an item that is an image of `size` (width, height), as the processors of Transformers cut it.
 
-    InternVL's tiles are put together, and its thumbnail comes after them; LLaVA-NeXT and LLaVA-OneVision have their
-    tiles put together already, and the base image comes after. LLaVA-1.5 sees the centre of the image. Every other
-    plane, those of families that are registered too, is taken to show the whole image.
+    Tiles are put together, and a thumbnail of the whole image comes after them, wherever it stands in the prompt; the
+    models of LLaVA-NeXT and LLaVA-OneVision put theirs together themselves. LLaVA-1.5, ViP-LLaVA, DeepSeek-VL and Janus
+    see a square about the centre of the image. Every other plane, those of families that are registered too, is taken
+    to show the whole image.
     """
     last = len(item.planes) - 1
     whole = (0.0, 0.0, float(size[0]), float(size[1]))
-    if model_type == "internvl" and last > 0:
-        return [_mosaic(item, size, whole), _plane("thumbnail", item, last, whole)]
-    if model_type in ("llava_next", "llava_onevision") and last == 1:
+    if model_type in _TILED and last > 0:
+        first = int(_TILED[model_type] == "before")
+        columns = _columns(model_type, processor, size, last)
+        return [_mosaic(item, columns, whole, first), _plane("thumbnail", item, 0 if first else last, whole)]
+    if model_type in _PACKED and last == 1:
         return [_plane("tiles", item, 1, whole), _plane("base image", item, 0, whole)]
-    if model_type == "llava":  # a CLS token is the first plane
+    if model_type in _CROPPED:  # a CLS token is the first plane
         return [_plane("image", item, last, _centre(processor.image_processor, size))]
     return [_plane(f"plane {t}" if last else "image", item, t, whole) for t in range(last + 1)]
 
@@ -72,14 +82,27 @@ def _plane(name: str, item: Item, t: int, box: tuple[float, float, float, float]
     return Panel(name, (rows, columns), box, cells)
 
 
-def _mosaic(item: Item, size: tuple[int, int], box: tuple[float, float, float, float]) -> Panel:
-    """All tiles but the last, which divide the image in rows and columns nearest to its aspect ratio."""
-    tiles, (h, w) = len(item.planes) - 1, item.planes[0]
+def _columns(model_type: str, processor: Any, size: tuple[int, int], tiles: int) -> int:
+    """How many tiles lie side by side: as a rule they divide the image nearest to its aspect ratio."""
+    width, height = size
+    if model_type in ("idefics3", "smolvlm"):
+        return int(processor.image_processor.get_number_of_image_patches(height, width, {})[2])
+    if model_type == "ovis2":  # tells no one but with an image
+        from PIL import Image
+
+        return int(processor.image_processor([Image.new("RGB", size)], crop_to_patches=True)["grids"][0][1])
     across = [n for n in range(1, tiles + 1) if tiles % n == 0]
-    columns = min(across, key=lambda n: abs(size[0] / size[1] - n / (tiles // n)))
+    return min(across, key=lambda n: abs(width / height - n / (tiles // n)))
+
+
+def _mosaic(item: Item, columns: int, box: tuple[float, float, float, float], first: int) -> Panel:
+    """All tiles, from plane `first` on."""
+    tiles, (h, w) = len(item.planes) - 1, item.planes[0]
     t, y, x = item.positions.long().unbind(1)
+    t = t - first
     raster = (t // columns * h + y) * (columns * w) + t % columns * w + x
-    return Panel("tiles", (tiles // columns * h, columns * w), box, torch.where(t < tiles, raster, -1))
+    shown = (t >= 0) & (t < tiles)
+    return Panel("tiles", (tiles // columns * h, columns * w), box, torch.where(shown, raster, -1))
 
 
 def _centre(processor: Any, size: tuple[int, int]) -> tuple[float, float, float, float]:

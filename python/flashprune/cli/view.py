@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import itertools
 import os
@@ -108,10 +109,11 @@ def run(
     model: Any, processor: Any, image: Image, chosen: Sequence[Variant], options: Options
 ) -> tuple[list[Panel], list[Result]]:
     """The panels of the image, and the results of the model without pruning and of every variant, in this order."""
+    from ..integrations.transformers import Item
     from ..integrations.transformers.profiling import Variant, measure, selection_of
 
     inputs = prompt_inputs(processor, [image], options.prompt).to(model.device, model.dtype)
-    item = selection_of(model, inputs, Variant("divprune", 1.0)).items[0][0]
+    item = functools.reduce(Item.joined, selection_of(model, inputs, Variant("divprune", 1.0)).items[0])  # of tiles
     seen = panels(model.config.model_type, processor, image.size, item)
     everything = [Variant(), *chosen]
     results = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +30,7 @@ class Family:
         """The images or videos of one call of the encoder, in the order of their placeholders."""
         raise self._lacks("items")
 
-    def delivered(self, kind: str, items: list[Item], arguments: Mapping[str, Any]) -> list[Item]:
+    def delivered(self, kind: str, items: Sequence[Item], arguments: Mapping[str, Any]) -> Sequence[Item]:
         """What of `items` enters the LLM; `arguments` are those of the base model's forward."""
         return items
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +22,7 @@ class VideoLlama3(Family):
     def items(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any) -> list[Item]:
         return [Item.of_planes(kind, [(h, w)] * t) for t, h, w, _ in self._grids(kind, arguments)]
 
-    def delivered(self, kind: str, items: list[Item], arguments: Mapping[str, Any]) -> list[Item]:
+    def delivered(self, kind: str, items: Sequence[Item], arguments: Mapping[str, Any]) -> Sequence[Item]:
         """Of a video, as the processor has it, only what differs from the frame before."""
         mask = arguments.get("video_compression_mask")
         if kind != "video" or mask is None:
