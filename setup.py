@@ -33,7 +33,9 @@ ELSEWHERE = {
     "flashprune.benchmarks": "benchmarks",
     "flashprune.benchmarks.peers": "benchmarks/peers",
 }
-CHECKOUT_ONLY = {("flashprune.benchmarks", name) for name in ("conftest", "engines", "gpu", "gpu_models")}
+CHECKOUT_ONLY = {
+    ("flashprune.benchmarks", name) for name in ("conftest", "engines", "gpu", "gpu_models", "host", "launches")
+}
 # Cubins: one also runs on later minor versions of its architecture (sm_80 on 8.6 and 8.9), except sm_90a, which alone
 # has Hopper's wgmma. With all of them goes PTX of the last, for what comes after it.
 ARCHITECTURES = {8: "80", 9: "90a", 10: "100", 12: "120"}  # by the major compute capability of a GPU

@@ -225,7 +225,7 @@ class Graph:
 
     @property
     def tokens(self) -> int:
-        return len(self.inverse)
+        return self.inverse.shape[0]
 
     def diagonals(self) -> Tensor:
         """float32 ``[segments]``; only linear proximity reads their values."""
@@ -254,6 +254,6 @@ def adjacency(graph: Graph, order: Tensor, left: Tensor, bits: Tensor, diagonals
     words = bits.shape[1]
     tiles = cdiv(min(32 * words, graph.tokens), graph.tile["BLOCK_N"])
     graph.launch(
-        adjacency_kernel, (tiles, tiles, len(graph.starts) - 1), order, graph.starts, left, bits,
+        adjacency_kernel, (tiles, tiles, graph.starts.shape[0] - 1), order, graph.starts, left, bits,
         diagonals=diagonals, panel=(panel, words),
     )  # fmt: skip

@@ -79,6 +79,10 @@ TABLE: dict[str, tuple[tuple[Any, ...], ...]] = {
         (ANY,          EVERY,   2048,     64,      4,           2),
         (ANY,          EVERY,   LARGE,    128,     4,           2),
     ),
+    "prepare": (
+        ("device",     "dtype", "up to", "BLOCK", "num_warps", "num_stages"),
+        (ANY,          EVERY,   LARGE,    256,     4,           2),
+    ),
     "finish": (
         ("device",     "dtype", "up to", "CHUNK", "num_warps", "num_stages"),
         (ANY,          EVERY,   LARGE,    1024,    4,           2),

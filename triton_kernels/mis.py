@@ -11,7 +11,6 @@ is spent costs empty programs only. `finish` fills by priority and writes the in
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -23,9 +22,8 @@ from .adjacency import Graph, adjacency, edge_tile, pack_bits
 from .configs import config
 from .host_ints import host_ints
 from .launch import cdiv, kernel, padded
-from .similarity import segment_bounds, segment_numbers
-
-K, PIVOTS, OUT = range(3)  # rows of the table of budgets
+from .order import ordered_bits
+from .similarity import segment_bounds
 
 
 @triton.jit
@@ -205,22 +203,72 @@ def finish_kernel(
             placed += tl.sum(chosen, 0)
 
 
-def priority(importance: Tensor, starts: Tensor) -> Tensor:
-    """int32 ``[tokens]``: segment by segment, the flat tokens from most to least important, ties by index."""
-    scores = importance.flatten().float()
-    bits = (torch.where(scores.isnan(), -math.inf, scores) + 0.0).view(torch.int32)
-    rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    keys = segment_numbers(starts, len(scores)) * 2**32 - rising
-    return keys.sort(stable=True).indices.int()
+@kernel
+def prepare_kernel(
+    scores_ptr,
+    cu_ptr,
+    keys_ptr,
+    budgets_ptr,
+    left_ptr,
+    T,
+    segments,
+    steps,
+    k,
+    pivots,
+    uniform,
+    BLOCK: tl.constexpr,
+):
+    """Keys that sort the tokens by segment and falling importance; of each segment what is left to pick, its budget.
+
+    If all segments have the same budgets their table is filled here.
+    """
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    low = tl.zeros([BLOCK], tl.int32)
+    high = low + segments
+    for _ in range(0, steps):  # the segments that end at or before a token, by bisection
+        middle = (low + high) // 2
+        searching = low < high
+        behind = tl.load(cu_ptr + 1 + middle, mask=searching, other=0) <= offs
+        low = tl.where(searching & behind, middle + 1, low)
+        high = tl.where(searching & (behind == 0), middle, high)
+    falling = 4294967295 - ordered_bits(tl.load(scores_ptr + offs, mask=offs < T, other=0.0).to(tl.float32))
+    tl.store(keys_ptr + offs, (low.to(tl.int64) << 32) | falling, mask=offs < T)
+
+    mask = offs < segments
+    start = tl.minimum(tl.maximum(tl.load(cu_ptr + offs, mask=mask, other=0), 0), T)
+    end = tl.minimum(tl.maximum(tl.load(cu_ptr + offs + 1, mask=mask, other=0), start), T)
+    count = tl.load(budgets_ptr + offs, mask=mask & (uniform == 0), other=k)
+    tl.store(left_ptr + offs, tl.minimum(count, end - start), mask=mask)
+    tl.store(budgets_ptr + offs, count, mask=mask & (uniform != 0))
+    tl.store(budgets_ptr + segments + offs, tl.zeros_like(offs) + pivots, mask=mask & (uniform != 0))
+    tl.store(budgets_ptr + 2 * segments + offs, offs * k, mask=mask & (uniform != 0))
 
 
-def budget_table(ks: Sequence[int], pivots: Sequence[int], segments: int, device: torch.device) -> Tensor:
-    """int32 ``[3, segments]``: k, pivots, and where the segment's indices begin in the output; no synchronisation."""
-    if len(ks) == 1:
-        first = torch.arange(segments, dtype=torch.int32, device=device)
-        return torch.stack([torch.full_like(first, ks[0]), torch.full_like(first, pivots[0]), first * ks[0]])
-    starts = [0, *itertools.accumulate(ks)]
-    return host_ints([*ks, *pivots, *starts[:segments]], device).view(3, segments)
+def prepare(
+    importance: Tensor, starts: Tensor, ks: Sequence[int], pivots: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the other stages go by, without synchronising.
+
+    Returns:
+        order: int32 ``[tokens]``: segment by segment, the flat tokens from most to least important, ties by index.
+        budgets: int32 ``[3 * segments]``: k, pivots, and where the segment's indices begin in the output.
+        left: int32 ``[segments]``: k, or the length of a shorter segment, as `segment_bounds` sees it.
+    """
+    scores = importance.reshape(-1).contiguous()
+    tokens, segments = scores.shape[0], starts.shape[0] - 1
+    keys = torch.empty(tokens, dtype=torch.int64, device=scores.device)
+    left = torch.empty(segments, dtype=torch.int32, device=scores.device)
+    uniform = len(set(ks)) == 1 and len(set(pivots)) == 1
+    if uniform:
+        budgets = torch.empty(3 * segments, dtype=torch.int32, device=scores.device)
+    else:
+        budgets = host_ints([*ks, *pivots, *itertools.accumulate(ks[:-1], initial=0)], scores.device)
+    block = config("prepare", scores)
+    prepare_kernel[(cdiv(max(tokens, segments), block["BLOCK"]),)](
+        scores, starts, keys, budgets, left, tokens, segments, segments.bit_length(), ks[0], pivots[0],
+        int(uniform), **block,
+    )  # fmt: skip
+    return keys.sort(stable=True).indices.int(), budgets, left
 
 
 def mis_select(
@@ -249,22 +297,19 @@ def mis_select(
     graph = Graph.build(
         features, positions, cu_seqlens, alpha, threshold, similarity, proximity, radius, sigma, temporal_radius
     )
-    tokens, segments, device = graph.tokens, len(graph.starts) - 1, features.device
+    tokens, segments, device = graph.tokens, graph.starts.shape[0] - 1, features.device
     shape = (sum(k),) if cu_seqlens is not None else (*features.shape[:-2], k[0])
     out = torch.zeros(shape, dtype=torch.int64, device=device)
     if not out.numel() or not tokens:
         return out
-    order = priority(importance, graph.starts)
-    budgets = budget_table(k, pivots, segments, device)
-    # values of cu_seqlens are unchecked here: lengths as `segment_bounds` sees them
-    left = torch.minimum(budgets[K], graph.starts.clamp(0, tokens).diff().clamp(min=0))
+    order, budgets, left = prepare(importance, graph.starts, k, pivots)
     longest = tokens if cu_seqlens is not None else features.shape[-2]
     sweep = config("sweep", features, longest)
     if panel_words:
         sweep = sweep | {"WORDS": panel_words}
     words = sweep["WORDS"]
     bits = torch.empty(tokens, words, dtype=torch.int32, device=device)
-    struck, taken = torch.zeros(2, padded(tokens // 32 + segments + 1), dtype=torch.int32, device=device)
+    struck, taken = torch.zeros(2, padded(tokens // 32 + segments + 1), dtype=torch.int32, device=device).unbind()
     picks = torch.empty(tokens, dtype=torch.int32, device=device)
     diagonals, tile = graph.diagonals(), graph.tile["BLOCK_N"]
     for panel in range(0, longest, 32 * words):

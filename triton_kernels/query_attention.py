@@ -39,9 +39,13 @@ def head_parts(head_dim: int) -> tuple[int, int]:
 
 def aligned(*tensors: Tensor) -> int:
     """The unit in which these tensors' strides are passed, last dimension apart; above 1 only on 16-byte addresses."""
-    steps = [stride for x in tensors for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    starts = [x.data_ptr() % 16 for x in tensors]
-    return STRIDE_UNIT if not any(starts) and all(step % STRIDE_UNIT == 0 for step in steps) else 1
+    for x in tensors:
+        if x.data_ptr() % 16:
+            return 1
+        for size, stride in zip(x.shape[:-1], x.stride(), strict=False):
+            if size > 1 and stride % STRIDE_UNIT:
+                return 1
+    return STRIDE_UNIT
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
@@ -282,7 +286,9 @@ def query_attention(
         splits = min(max_splits, cdiv(keys, MIN_SPLIT))
         split_keys = cdiv(cdiv(keys, splits), tile["BLOCK_N"]) * tile["BLOCK_N"]
         splits = cdiv(keys, split_keys)
-        maxima, sums = torch.empty((2, padded(items * splits * rows)), dtype=torch.float32, device=query.device)
+        maxima, sums = torch.empty(
+            (2, padded(items * splits * rows)), dtype=torch.float32, device=query.device
+        ).unbind()
         stats_kernel[(items * cdiv(rows, tile["BLOCK_M"]) * splits,)](
             query, key, maxima, sums, rows, keys, kv_heads, group, splits, split_keys, scale_log2, *strides, **common
         )

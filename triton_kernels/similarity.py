@@ -115,6 +115,7 @@ def nearest_other_kernel(
     item_stride,
     row_stride,
     D,
+    PACKED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -124,7 +125,10 @@ def nearest_other_kernel(
     tile = tl.program_id(0)
     tokens_m = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = tokens_m < T
-    ends = tl.load(segment_ends_ptr + tokens_m, mask=mask_m, other=0)
+    if PACKED:
+        ends = tl.load(segment_ends_ptr + tokens_m, mask=mask_m, other=0)
+    else:
+        ends = (tokens_m // per_item + 1) * per_item
     last = tl.minimum(tl.max(ends), T)
     for column in range(tile + tl.program_id(1), tl.cdiv(last, BLOCK_N), SPLITS):
         tokens_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -213,13 +217,16 @@ def segment_starts(features: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is not None:
         return cu_seqlens
     items, per_item = features.shape[:-2].numel(), features.shape[-2]
-    return torch.arange(items + 1, dtype=torch.int32, device=features.device) * per_item
+    if per_item == 0:
+        return torch.zeros(items + 1, dtype=torch.int32, device=features.device)
+    return torch.arange(0, items * per_item + 1, per_item, dtype=torch.int32, device=features.device)
 
 
-def segment_numbers(starts: Tensor, tokens: int) -> Tensor:
-    """int64 ``[tokens]``: the segment of each token."""
-    places = torch.arange(tokens, dtype=starts.dtype, device=starts.device)
-    return torch.searchsorted(starts[1:], places, right=True)
+def segment_ends(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """``[tokens]``: where the segment of each token ends."""
+    places = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    numbers = torch.searchsorted(cu_seqlens[1:], places, right=True)
+    return cu_seqlens[1:][numbers.clamp(max=len(cu_seqlens) - 2)]
 
 
 def nearest_other(features: Tensor, inverse: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -230,13 +237,13 @@ def nearest_other(features: Tensor, inverse: Tensor, cu_seqlens: Tensor | None =
     features, per_item, item_stride, row_stride = strided_rows(features)
     tokens = len(inverse)
     best = torch.full((tokens,), NO_COSINE.value, dtype=torch.int32, device=features.device)
-    starts = segment_starts(features, cu_seqlens)
-    if tokens and len(starts) > 1:
-        numbers = segment_numbers(starts, tokens).clamp(max=len(starts) - 2)
+    packed = cu_seqlens is not None
+    if tokens and (not packed or len(cu_seqlens) > 1):
+        ends = segment_ends(cu_seqlens, tokens) if packed else best
         tile = cosine_config(features, cu_seqlens)
         nearest_other_kernel[(cdiv(tokens, tile["BLOCK_N"]), SPLITS)](
-            features, inverse, starts[1:][numbers], best, tokens, per_item, item_stride, row_stride,
-            features.shape[-1], SPLITS, **tile, UPCAST=INTERPRETED,
+            features, inverse, ends, best, tokens, per_item, item_stride, row_stride, features.shape[-1],
+            PACKED=packed, SPLITS=SPLITS, **tile, UPCAST=INTERPRETED,
         )  # fmt: skip
     return torch.where(best < 0, best ^ 0x7FFFFFFF, best).view(torch.float32)
 
