@@ -2,6 +2,7 @@
 
 ``flashprune bench``                      tables, a picture and a report; ``python -m benchmarks`` from a checkout
 ``pytest benchmarks --benchmark-only``    one file an op on the same cases; ``--benchmark-json FILE`` keeps the figures
+``python -m benchmarks.host``              what a Triton call costs the host, without a GPU; see ``launches``
 ``benchmarks/gpu.sh FOLDER``              on a GPU: tests, sanitizer and the latency of every operator
 
 plan → cases → race, one after the other (sweep) → rows of plain data (results) → table, figure, report.
