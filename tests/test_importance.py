@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashprune as fp
@@ -529,3 +530,43 @@ def test_the_reference_checks_too(function):
 def test_grad_is_fine_under_no_grad():
     with torch.no_grad():
         assert not fp.query_attention(Q.clone().requires_grad_(), K).requires_grad
+
+
+def shapes():
+    """Importance and methods on packed, batched and single tensors; each call gives one tensor."""
+    spans = torch.tensor([0, 16, 48], dtype=torch.int32)
+    scorer = fp.VisionSelector(32, 16).requires_grad_(False)
+    query, key = random_qk(48, 48)
+    embeds, scores = torch.randn(48, 32), torch.rand(48)
+    return {
+        "query_attention": (fp.query_attention, query[:2], key),
+        "query_attention-index": (lambda q, k, at: fp.query_attention(q, k, visual=at), query, key, torch.tensor([3])),
+        "received_attention": (lambda q, k, cu: fp.received_attention(q, k, cu_seqlens=cu, pool=4), query, key, spans),
+        "minmax": (lambda x, cu: fp.minmax(x, cu_seqlens=cu), scores, spans),
+        "soft_topk": (lambda x: fp.soft_topk(x, 0.3), scores),
+        "text_relevance": (fp.text_relevance, embeds, embeds[:3]),
+        "VisionSelector": (lambda x, cu, *w: torch.func.functional_call(scorer, dict(zip(WEIGHTS, w, strict=True)), x,
+                           {"cu_seqlens": cu}), embeds, spans, *scorer.parameters()),
+        "idpruner": (lambda x, s, cu: fp.idpruner(x, s, [4, 9], cu_seqlens=cu), embeds, scores, spans),
+        "d2pruner": (lambda x, s: fp.d2pruner(x, s, 9, alpha=0.5, grid=(6, 8)), embeds, scores),
+        "divprune": (lambda x, cu: fp.divprune(x, 4, cu_seqlens=cu), embeds, spans),
+        "cdpruner": (lambda x, s, cu: fp.cdpruner(x, s, 4, cu_seqlens=cu), embeds, scores, spans),
+        "fastv": (lambda s, cu: fp.fastv(s, 4, cu_seqlens=cu), scores, spans),
+        "naive_hybrid": (lambda x, s, cu: fp.naive_hybrid(x, s, 4, pool_ratio=2, cu_seqlens=cu), embeds, scores, spans),
+    }  # fmt: skip
+
+
+WEIGHTS = ("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")
+
+
+@pytest.mark.parametrize("name", shapes())
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+def test_shapes_without_values(name, kind):
+    function, *inputs = shapes()[name]
+    expected = function(*inputs)
+    if kind == "fake":
+        with FakeTensorMode() as mode:
+            found = function(*map(mode.from_tensor, inputs))
+    else:
+        found = function(*(x.to("meta") for x in inputs))
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
