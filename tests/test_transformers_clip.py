@@ -147,7 +147,7 @@ def test_frames_that_the_model_pools() -> None:
         model(**inputs)
     tower = base.vision_tower(inputs["pixel_values_videos"][0], output_hidden_states=True).hidden_states[-2][:, 1:]
     embeds = clip.visual_projection(clip.vision_model.post_layernorm(base.vision_resampler(tower)))
-    tokens = base.get_video_features(inputs["pixel_values_videos"], return_dict=True).pooler_output[0]
+    tokens = base.get_video_features(inputs["pixel_values_videos"], return_dict=True).pooler_output[0].flatten(0, -2)
     weights = fp.text_relevance(embeds.flatten(0, 1), text_embeds(clip, processor.tokenizer, PROMPTS[0]))
     assert handle.last.kept[0].tolist() == fp.reference.dpp_select(tokens, weights, 4).tolist()
 

@@ -7,6 +7,7 @@ pytest.importorskip("transformers", minversion="5.19")
 
 from examples import tiny_models
 from PIL import Image
+from tests.vlm import FAMILIES
 
 import flashprune as fp
 from flashprune.integrations.transformers import VisualTokens, prune
@@ -26,7 +27,7 @@ IMAGES = [[photo(150, 100, 0)], [photo(90, 140, 1), photo(120, 120, 2)]]
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_selects_as_the_reference_before_the_llm(family: str, dtype: torch.dtype, device: str) -> None:
     model, processor = tiny_models.build(family, dtype=dtype, device=device)
     inputs = tiny_models.inputs(processor, IMAGES, QUESTIONS).to(device, dtype)
@@ -50,7 +51,7 @@ def test_selects_as_the_reference_before_the_llm(family: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_prunes_inside_the_llm_and_goes_on_decoding(family: str, device: str) -> None:
     """The same tokens and, within what devices differ by, the same logits as one prompt after another on the CPU."""
     model, processor = tiny_models.build(family, device=device)

@@ -60,8 +60,10 @@ class DeepseekVLHybrid(DeepseekVL):
         return {"high_res_vision_config": transformers.SamVisionConfig(**sam)}
 
     def image_processor(self, config: PreTrainedConfig) -> Any:
-        high = {"height": 96, "width": 96}
-        return transformers.DeepseekVLHybridImageProcessorPil(size=self.size, high_res_size=high)
+        kind = transformers.DeepseekVLHybridImageProcessorPil
+        # Older versions of Transformers take the colour of the borders from means only where they are given.
+        means = {name: getattr(kind, name) for name in ("image_mean", "high_res_image_mean")}
+        return kind(size=self.size, high_res_size={"height": 96, "width": 96}, **means)
 
 
 class Janus(DeepseekVL):
