@@ -200,7 +200,7 @@ def cosine_config(features: Tensor, cu_seqlens: Tensor | None = None, spatial: b
 
 
 def inverse_norms(features: Tensor) -> Tensor:
-    """float32 ``[tokens]``: 1 / norm of every row of ``[N, D]`` or ``[B, N, D]``; 0 where it is zero or not finite."""
+    """float32 ``[tokens]``: `inverse_norm` of every row of ``[N, D]`` or ``[B, N, D]``."""
     features, per_item, item_stride, row_stride = strided_rows(features)
     tokens = features.shape[:-1].numel()
     out = torch.empty(tokens, dtype=torch.float32, device=features.device)

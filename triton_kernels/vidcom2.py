@@ -77,7 +77,7 @@ def variances_kernel(means_ptr, squares_ptr, out_ptr, tokens, pieces, D, BLOCK: 
 
 @kernel
 def norms_kernel(x_ptr, channels_ptr, inverse_ptr, tokens, row_stride, C, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """1 / norm of every token over the channels; 0 where it is zero or not finite."""
+    """`inverse_norm` of every token over the channels."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < tokens
     rows = x_ptr + offs_n.to(tl.int64) * row_stride
