@@ -82,6 +82,7 @@ _FAMILIES: list[TinyFamily] = [
     squares.Janus(),
     squares.Ovis2(),
     squares.VipLlava(),
+    squares.GotOcr2(),
     squares.PaliGemma(),
     squares.PaliGemma2(),
     internvl.QianfanOcr(),

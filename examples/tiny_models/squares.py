@@ -222,3 +222,23 @@ class PaliGemma2(PaliGemma):
         layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 20, "head_dim": 16}
         plain = {"final_logit_softcapping": None, "attn_logit_softcapping": None}
         return transformers.Gemma2Config(**text, **layers, **plain)
+
+
+class GotOcr2(Squares):
+    # Its own processor takes no text alone and one image a prompt; here others put as many pixels and placeholders.
+    name, needs, processor = "got_ocr2", "GotOcr2Config", "DeepseekVLProcessor"
+    image, side = "<imgpad>", 256
+
+    def text(self, text: dict[str, Any]) -> PreTrainedConfig:
+        return transformers.Qwen2Config(**text)
+
+    def vision(self, vision: dict[str, Any]) -> PreTrainedConfig:
+        sam = {"hidden_size": 32, "mlp_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sam |= {"output_channels": 8, "window_size": 4, "global_attn_indexes": [1], "image_size": self.side}
+        return transformers.models.got_ocr2.GotOcr2VisionConfig(**sam)
+
+    def image_processor(self, config: PreTrainedConfig) -> Any:
+        return transformers.SiglipImageProcessorPil(size=self.size)
+
+    def options(self, config: PreTrainedConfig) -> dict[str, Any]:
+        return {"num_image_tokens": 16}

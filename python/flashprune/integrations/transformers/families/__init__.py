@@ -17,7 +17,7 @@ from .internvl import InternVL
 from .llava import Llava, LlavaNext, LlavaNextVideo, LlavaOnevision
 from .pixtral import LightOnOcr, Mistral3
 from .qwen import Qwen2VL, Qwen3VL, Qwen25VL, Qwen35
-from .squares import AyaVision, DeepseekVL, Idefics3, Ovis2, PaliGemma, VipLlava
+from .squares import AyaVision, DeepseekVL, GotOcr2, Idefics3, Ovis2, PaliGemma, VipLlava
 from .video_llama import VideoLlama3
 
 __all__ = ["Family", "family_of", "register_family", "supported"]
@@ -35,6 +35,7 @@ _families: list[type[Family]] = [
     Glm4v,
     AyaVision,
     DeepseekVL,
+    GotOcr2,
     Idefics3,
     LightOnOcr,
     Mistral3,

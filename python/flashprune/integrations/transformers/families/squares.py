@@ -68,6 +68,13 @@ class VipLlava(Squares):
     model_types = ("vipllava",)
 
 
+class GotOcr2(Squares):
+    """GOT-OCR 2.0: the attention of its tower, SAM's, is in windows and computed out of sight."""
+
+    model_types = ("got_ocr2",)
+    scores = Family.scores
+
+
 class Idefics3(Squares):
     """Idefics3 and SmolVLM: frames of videos are images; the features of a prompt's tiles come in one piece."""
 
