@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -242,6 +243,29 @@ def test_cuda_comes_before_triton(gpu: None, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(native, "cuda_status", lambda: "GPU too old")
     monkeypatch.setattr(dispatch, "_cuda_found", {})
     assert dispatch.resolve("auto", "topk_select", GPU, torch.bfloat16) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("driver", "runtime", "ready"),
+    [(12080, 13000, False), (0, 13000, False), (13000, 13010, True), (13020, 13000, True), (13000, 12080, True)],
+)
+def test_a_driver_older_than_the_runtime_leaves_triton(
+    driver: int, runtime: int, ready: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library carries its CUDA runtime, which a driver of an earlier major version refuses at every call."""
+    monkeypatch.setattr(native, "_load_cuda", lambda: "ready")
+    monkeypatch.setattr(native, "_cuda_versions", lambda: (driver, runtime))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setitem(dispatch._status, "triton", "ready")
+    monkeypatch.setattr(dispatch, "_cuda_found", {})
+    monkeypatch.setattr(operators, "CUDA_KERNELS", frozenset({"topk_select"}))
+    assert dispatch.resolve("auto", "topk_select", GPU, torch.bfloat16) == ("cuda" if ready else "triton")
+    if not ready:
+        message = f"driver too old: it supports CUDA {driver // 1000}.*runtime of CUDA 13.0: update the driver"
+        assert re.match(message, fp.backends()["cuda"])  # which `flashprune info` prints
+        with pytest.raises(RuntimeError, match=f"backend='cuda' cannot run: {message}"):
+            dispatch.resolve("cuda", "topk_select", GPU, torch.bfloat16)
 
 
 def test_choosing_cuda_does_not_break_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:

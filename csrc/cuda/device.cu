@@ -37,6 +37,20 @@ int64_t attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+// The newest CUDA that the driver supports, 0 without a driver, and the CUDA of the runtime that is linked into this
+// library; 13000 for 13.0. Both can be asked whatever the driver is, unlike anything else of the runtime.
+int64_t driver_version() {
+  int version = 0;
+  STD_CUDA_CHECK(cudaDriverGetVersion(&version));
+  return version;
+}
+
+int64_t runtime_version() {
+  int version = 0;
+  STD_CUDA_CHECK(cudaRuntimeGetVersion(&version));
+  return version;
+}
+
 // like: any CUDA tensor → int64 [kFacts] on its device.
 torch::stable::Tensor device_facts(const torch::stable::Tensor& like) {
   STD_TORCH_CHECK(like.is_cuda(), "like must be a CUDA tensor");
@@ -51,9 +65,7 @@ torch::stable::Tensor device_facts(const torch::stable::Tensor& like) {
   facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   facts.shared_memory = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   facts.l2_cache = attribute(cudaDevAttrL2CacheSize, device);
-  int driver = 0;
-  STD_CUDA_CHECK(cudaDriverGetVersion(&driver));
-  facts.driver = driver;
+  facts.driver = driver_version();
 
   auto out = torch::stable::new_empty(like, {kFacts}, torch::headeronly::ScalarType::Long);
   device_facts_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(facts, out.mutable_data_ptr<int64_t>());
@@ -63,7 +75,16 @@ torch::stable::Tensor device_facts(const torch::stable::Tensor& like) {
 
 }  // namespace
 
-// The one schema outside csrc/library.cpp: this operator exists only where the CUDA library does.
-STABLE_TORCH_LIBRARY_FRAGMENT(flashprune, m) { m.def("device_facts(Tensor like) -> Tensor"); }
+// The schemas outside csrc/library.cpp: these operators exist only where the CUDA library does.
+STABLE_TORCH_LIBRARY_FRAGMENT(flashprune, m) {
+  m.def("device_facts(Tensor like) -> Tensor");
+  m.def("driver_version() -> int");
+  m.def("runtime_version() -> int");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(flashprune, CUDA, m) { m.impl("device_facts", TORCH_BOX(&device_facts)); }
+
+STABLE_TORCH_LIBRARY_IMPL(flashprune, CompositeExplicitAutograd, m) {
+  m.impl("driver_version", TORCH_BOX(&driver_version));
+  m.impl("runtime_version", TORCH_BOX(&runtime_version));
+}

@@ -52,7 +52,8 @@ def cpu_status() -> str:
 def cuda_status() -> str:
     """`"ready"`, or one line: why the CUDA library cannot run here and what to do.
 
-    Ready means that the library is loaded and that the current CUDA device can run it; asking initialises CUDA.
+    Ready means that the library is loaded and that the driver and the current CUDA device can run it; asking
+    initialises CUDA.
 
     Example:
         >>> from flashprune import native
@@ -79,7 +80,7 @@ def capability_status() -> str:
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST_CAPABILITY:
         return "GPU too old: compute capability {}.{}, and 8.0 or later is needed".format(*capability)
-    return READY
+    return _driver_status(*_cuda_versions())
 
 
 def build_facts() -> dict[str, Any]:
@@ -142,6 +143,22 @@ def _load_cuda() -> str:
     if (_PACKAGE / "libflashprune_cuda.so").exists() and torch.version.cuda is None:
         return f"built, but torch {torch.__version__} has no CUDA: install a CUDA build of torch"
     return _load_library("libflashprune_cuda.so", _NOT_BUILT)
+
+
+def _cuda_versions() -> tuple[int, int]:
+    """The newest CUDA that the driver supports and that of the runtime inside the library: 13000 for 13.0."""
+    return torch.ops.flashprune.driver_version(), torch.ops.flashprune.runtime_version()
+
+
+def _driver_status(driver: int, runtime: int) -> str:
+    """A runtime runs on every driver of its major version, and on later ones; torch may carry an earlier runtime."""
+    if driver // 1000 >= runtime // 1000:
+        return READY
+    needs, has = (f"{version // 1000}.{version % 1000 // 10}" for version in (runtime, driver))
+    return (
+        f"driver too old: it supports CUDA {has}, and the library has the runtime of CUDA {needs}: "
+        f"update the driver, or reinstall flashprune with an nvcc of CUDA {driver // 1000}"
+    )
 
 
 def _load_library(name: str, missing: str) -> str:
