@@ -11,6 +11,7 @@ from torch import Tensor
 
 import flashprune as fp
 from emulated import SEEDS, lengths, numbers
+from flashprune.replay import cosine_bound
 from inputs import ADVERSARIAL, adversarial, dyadic, gaussian, signs
 
 
@@ -134,3 +135,16 @@ def test_launches_do_not_grow_with_the_picks(emulation: ModuleType, stored: bool
         for sort in (False, True):
             emulation.mmr_select(*arrays, [k], None, 0.5, 1, sort, stored=stored, blocks=2)
             assert emulation.launches() == 2 + stored
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_long_sums_on_tensor_cores(mmr: Any, dtype: torch.dtype) -> None:
+    """The copy of the first pick is worse than another token by a little more than the bound: sums that are cut off at
+    every step would take its cosine of 1 for less."""
+    features = gaussian(2, 4096)[0].to(dtype)[[0, 0, 1]]
+    cosine = torch.nn.functional.cosine_similarity(features[0].double(), features[2].double(), dim=0).item()
+    gap = 2.1 * cosine_bound(features.float())
+    importance = torch.tensor([5.0, 2.0, 1.0 + cosine + gap])
+    picks = mmr(features, importance, [2])
+    fp.testing.check_selection("mmr", features, importance, picks=picks, k=2, sort=False).raise_if_bad()
+    assert picks.tolist() == [0, 2]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from emulated import SEEDS, numbers
 from flashprune.reference.segments import nearest_other, unit_rows
+from flashprune.replay import cosine_bound
 from inputs import gaussian, signs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -89,6 +90,16 @@ def test_a_pair_has_one_value(dtype: torch.dtype, emulation: ModuleType) -> None
     inverse = inverse_norms(emulation, features)
     packed = emulation.cosine_matrix(numbers(features), inverse.numpy(), np.array([0, 2, 70], np.int32))
     assert torch.equal(cosines[2:, 2:], torch.from_numpy(packed)[2:, :68])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [64, 4096])
+def test_long_sums_on_tensor_cores(d: int, dtype: torch.dtype, emulation: ModuleType) -> None:
+    """What a tensor core adds it cuts off: errors of one sign. 22 units are the bound of tile.cuh."""
+    features = gaussian(6, d)[0].to(dtype).repeat(2, 1)  # cosines of 1, where every product is positive
+    unit = unit_rows(features.double())
+    errors = (matrix(emulation, features, tile=64).double() - unit @ unit.T).abs().max().item()
+    assert errors < min(cosine_bound(features.float()), (22 + 8) * 2.0**-23)
 
 
 def test_odd_widths(emulation: ModuleType) -> None:

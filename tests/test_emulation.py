@@ -109,6 +109,27 @@ def test_matrix_product(mutants: ModuleType, dtype: torch.dtype, as_matrices: bo
     np.testing.assert_array_equal(got, 1.0 + (a.float() @ b.float().T).numpy())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_matrix_products_are_cut_off(mutants: ModuleType, dtype: torch.dtype) -> None:
+    """Added to 1: what is below the last bit of float32 but one is lost, of each product and of the sum of a block."""
+    depth = 8 if dtype == torch.float32 else 16
+    b = torch.full((8, depth), 2.0**-12, dtype=dtype)
+
+    def added(*products: float) -> float:
+        a = torch.zeros(16, depth, dtype=dtype)
+        a[:, : len(products)] = torch.tensor(products) * 2.0**12
+        got = mutants.matrix_product(numbers(a), numbers(b), False, 0)
+        assert (got == got[0, 0]).all()
+        return float(got[0, 0]) - 1.0
+
+    assert added(1.5 * 2.0**-24) == 0.0  # to the nearest it would be 2**-23
+    assert added(2.0**-24, 2.0**-24) == 2.0**-23
+    assert added(*[0.75 * 2.0**-24] * 4) == 0.0
+    assert added(*[-0.75 * 2.0**-24] * 4) == 0.0
+    assert added(*[1.75 * 2.0**-24] * 4) == 2.0**-22
+    assert added(2.0**-24, 0.0, 0.0, 0.0, *[0.0] * (depth // 2 - 4), 2.0**-24) == 0.0  # one in each block
+
+
 def test_tf32_has_no_low_bits(mutants: ModuleType) -> None:
     a = np.zeros((16, 8), np.float32)
     a[:, 0] = 1.0 + 2.0**-11

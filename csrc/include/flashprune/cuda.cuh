@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 #else
 #include "emulation/cuda.h"
+#include "emulation/tensor_core.h"
 #endif
 
 #include <bit>
@@ -100,8 +101,9 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
 __device__ __forceinline__ void spin() {}
 
 // ---- matrix instructions --------------------------------------------------------------------------------------------
-// d += a b for the 16 x 16 matrix a and the 16 x 8 matrix b of a warp (tf32: 16 x 8 and 8 x 8), sums in float32. With
-// g = lane / 4 and t = lane % 4 a lane holds
+// d += a b for the 16 x 16 matrix a and the 16 x 8 matrix b of a warp (tf32: 16 x 8 and 8 x 8), products exact, sums
+// in float32 that are cut off, not rounded: long sums are made of short ones (tile.cuh). With g = lane / 4 and
+// t = lane % 4 a lane holds
 //   d: rows g, g, g + 8, g + 8 at columns 2t, 2t + 1, 2t, 2t + 1
 //   a: of rows g, g + 8, g, g + 8 the pairs of columns from 2t, 2t, 2t + 8, 2t + 8 (tf32: columns t, t, t + 4, t + 4)
 //   b: of column g the pairs of rows from 2t, 2t + 8 (tf32: rows t, t + 4)
@@ -164,8 +166,8 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], FLASHPRU
   };
   const Fragments mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, d};
   emulation::exchange<int>(kAllLanes, mine, where, [](const Fragments* in, int*, uint32_t) {
-    using Row = float __attribute__((vector_size(32)));
     constexpr int kPack = 4 / sizeof(T), kDepth = 8 * kPack;  // numbers of a word, columns of a
+    constexpr int kBlock = kDepth / 2;                        // products that are added at once
     const auto number = [](uint32_t word, int part) {
       if constexpr (sizeof(T) == 4) {
         return std::bit_cast<float>(word & 0xffffe000u);
@@ -174,7 +176,7 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], FLASHPRU
       }
     };
     float left[16][kDepth];
-    Row right[kDepth];
+    emulation::CoreRow right[kDepth];
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = lane % 4;
       for (int part = 0; part < kPack; ++part) {
@@ -187,10 +189,11 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], FLASHPRU
       }
     }
     for (int row = 0; row < 16; ++row) {
-      Row sum{};
-      for (int k = 0; k < kDepth; ++k) sum += left[row][k] * right[k];
-      for (int column = 0; column < 8; ++column)
-        in[row % 8 * 4 + column / 2].d[row / 8 * 2 + column % 2] += sum[column];
+      const auto d = [&](int column) -> float& { return in[row % 8 * 4 + column / 2].d[row / 8 * 2 + column % 2]; };
+      emulation::CoreRow sums;
+      for (int column = 0; column < 8; ++column) sums[column] = double(d(column));
+      for (int k = 0; k < kDepth; k += kBlock) emulation::add_block(kBlock, left[row] + k, right + k, sums);
+      for (int column = 0; column < 8; ++column) d(column) = float(sums[column]);
     }
   });
 }

@@ -3,6 +3,12 @@
 // barrier a step. Half precision multiplies exactly; float32 takes three TF32 products, with an error of about 2^-21 of
 // the factors. The sum over the features has one order whatever the tile, but the two rows of a pair play different
 // parts in it: callers give a pair its row and its column by a rule of their own, so that it always has one value.
+//
+// Tensor cores cut off what they add instead of rounding it, so that the errors of a long sum add up. They sum a few
+// features only, and float32 registers, which round, add these sums. A block of p products loses at most (p + 3) / 2
+// units of 2^-23 of the magnitudes that it adds. On an A100, whose blocks are the smallest (emulation/tensor_core.h),
+// 32 features in half precision are four blocks of 8, and 8 in float32 two of 4 that matter: at most 22 and 7 units of
+// a cosine, whatever D is.
 #pragma once
 
 #include <type_traits>
@@ -65,6 +71,7 @@ class CosineTile {
   static constexpr int kStages = 3, kRowBytes = 128, kPieces = kRowBytes / 16;
   static constexpr int kElements = 16 / int(sizeof(T));  // of a piece
   static constexpr int kDepth = kRowBytes / int(sizeof(T));
+  static constexpr int kChain = sizeof(T) == 4 ? 1 : 2;  // pairs of pieces that tensor cores sum
   static constexpr size_t kStageBytes = size_t(2) * kTile * kRowBytes;
   static constexpr int kPitch = kTile + 1;  // so that columns of cosines are read without conflicts too
   static_assert((kTile * kPitch + 6 * kTile) * sizeof(float) <= kStages * kStageBytes);
@@ -100,45 +107,56 @@ __device__ __forceinline__ void CosineTile<T, kTile>::load(int stage, int step, 
   }
 }
 
-// Adds the products of the first `pairs` pairs of pieces.
+// Adds the products of the first `pairs` pairs of pieces, rounded up to whole chains: zeros follow the features.
 template <class T, int kTile>
 __device__ __forceinline__ void CosineTile<T, kTile>::multiply(int stage, int pairs, bool square,
                                                                float (&sums)[kRowBlocks][kColumnBlocks][4]) const {
   const int lane = lane_index();
   const int row = warp_index() / kColumnWarps * (kTile / 2) + lane % 16;
   const int column = (square ? 0 : kTile) + warp_index() % kColumnWarps * 32 + lane % 8 + lane / 16 * 8;
-  [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 4 ? 1 : 2;  // more would not fit the registers
-#pragma unroll kUnroll
-  for (int pair = 0; pair < pairs; ++pair) {
-    uint32_t right[kColumnBlocks][2], right_low[kColumnBlocks][2];
+#pragma unroll 1  // more would not fit the registers
+  for (int pair = 0; pair < pairs; pair += kChain) {
+    uint32_t right[kChain][kColumnBlocks][2], right_low[kChain][kColumnBlocks][2];
 #pragma unroll
-    for (int n = 0; n < kColumnBlocks; n += 2) {
-      uint32_t loaded[4];
-      load_matrices(loaded, piece(stage, column + n * 8, 2 * pair + lane / 8 % 2));
+    for (int c = 0; c < kChain; ++c) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if constexpr (std::is_same_v<T, float>) {
-          split_tf32(loaded[e], right[n + e / 2][e % 2], right_low[n + e / 2][e % 2]);
-        } else {
-          right[n + e / 2][e % 2] = loaded[e];
+      for (int n = 0; n < kColumnBlocks; n += 2) {
+        uint32_t loaded[4];
+        load_matrices(loaded, piece(stage, column + n * 8, 2 * (pair + c) + lane / 8 % 2));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if constexpr (std::is_same_v<T, float>) {
+            split_tf32(loaded[e], right[c][n + e / 2][e % 2], right_low[c][n + e / 2][e % 2]);
+          } else {
+            right[c][n + e / 2][e % 2] = loaded[e];
+          }
         }
       }
     }
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
-      uint32_t left[4];
-      load_matrices(left, piece(stage, row + m * 16, 2 * pair + lane / 16));
-      if constexpr (std::is_same_v<T, float>) {
-        uint32_t left_low[4];
+      float part[kColumnBlocks][4] = {};
 #pragma unroll
-        for (int e = 0; e < 4; ++e) split_tf32(left[e], left[e], left_low[e]);
+      for (int c = 0; c < kChain; ++c) {
+        uint32_t left[4];
+        load_matrices(left, piece(stage, row + m * 16, 2 * (pair + c) + lane / 16));
+        if constexpr (std::is_same_v<T, float>) {
+          uint32_t left_low[4];
 #pragma unroll
-        for (int n = 0; n < kColumnBlocks; ++n) mma<T>(sums[m][n], left_low, right[n]);
+          for (int e = 0; e < 4; ++e) split_tf32(left[e], left[e], left_low[e]);
 #pragma unroll
-        for (int n = 0; n < kColumnBlocks; ++n) mma<T>(sums[m][n], left, right_low[n]);
+          for (int n = 0; n < kColumnBlocks; ++n) mma<T>(part[n], left_low, right[c][n]);
+#pragma unroll
+          for (int n = 0; n < kColumnBlocks; ++n) mma<T>(part[n], left, right_low[c][n]);
+        }
+#pragma unroll
+        for (int n = 0; n < kColumnBlocks; ++n) mma<T>(part[n], left, right[c][n]);
       }
 #pragma unroll
-      for (int n = 0; n < kColumnBlocks; ++n) mma<T>(sums[m][n], left, right[n]);
+      for (int n = 0; n < kColumnBlocks; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[m][n][e] = __fadd_rn(sums[m][n][e], part[n][e]);
+      }
     }
   }
 }
