@@ -207,3 +207,21 @@ def adversarial(name: str, n: int, d: int = 16, seed: int = 3) -> tuple[Tensor, 
     features, importance = gaussian(n, d, seed=seed)
     ADVERSARIAL[name](features, importance)
     return features, importance
+
+
+TOKENS = 60
+# Offsets of packed segments that a device may hold, since nobody checks them there.
+WRONG_OFFSETS = {
+    "overlapping": [0, 50, 20, 60],
+    "descending": [60, 40, 20, 0],
+    "negative": [-9, 30, -3, 50],
+    "too large": [0, 20, 99, 200],
+    "extreme": [2**31 - 1, -(2**31), 2**31 - 1, 5],
+    "twice": [-(2**31), 60, 0, 60],
+}
+
+
+def ascending(offsets: list[int], tokens: int = TOKENS) -> list[int]:
+    """Those of the segments that kernels see: each offset raised to those before it, inside the tokens."""
+    raised = [max(0, *offsets[: i + 1]) for i in range(len(offsets))]
+    return [min(offset, tokens) for offset in raised]

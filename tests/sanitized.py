@@ -79,7 +79,8 @@ def main() -> int:
     sources = sorted(SOURCES.glob("*.cpp"))
     tests = [f"tests/test_cuda_{source.stem}.py" for source in sources]
     tests = [test for test in tests if (ROOT / test).exists()]
-    arguments = sys.argv[1:] or ["-q", "-m", "not slow", *tests, "tests/test_emulation.py"]
+    tests += ["tests/test_cuda_offsets.py", "tests/test_emulation.py"]
+    arguments = sys.argv[1:] or ["-q", "-m", "not slow", *tests]
     with tempfile.TemporaryDirectory() as folder:
         build(sources, Path(folder))
         code = "import pytest; sys.exit(pytest.main(sys.argv[1:]))"

@@ -17,7 +17,15 @@ from torch import Tensor
 from .configs import config
 from .launch import INTERPRETED, cdiv, kernel
 from .order import product
-from .similarity import cosine_config, inverse_norms, segment_bounds, segment_starts, strided_rows, token_cosines
+from .similarity import (
+    ascending,
+    cosine_config,
+    inverse_norms,
+    segment_bounds,
+    segment_starts,
+    strided_rows,
+    token_cosines,
+)
 
 PROXIMITIES = ("chebyshev", "gaussian", "linear")
 COSINE_MARGIN = tl.constexpr(1e-4)  # how far rounding may carry a cosine above 1
@@ -218,7 +226,7 @@ class Graph:
         )  # fmt: skip
         spatial = positions is not None and alpha < 1.0
         places = positions.reshape(-1, 3).contiguous() if spatial else None
-        starts = segment_starts(features, cu_seqlens)
+        starts = segment_starts(features, ascending(cu_seqlens, features.shape[-2]))
         features = strided_rows(features)[0]
         tile = cosine_config(features, cu_seqlens, spatial)
         return cls(features, inverse_norms(features), starts, places, settings, tile)

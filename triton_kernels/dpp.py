@@ -28,7 +28,7 @@ from .greedy import budget, pair_cosines, segment, segment_rows
 from .host_ints import budget_starts
 from .launch import INTERPRETED, kernel
 from .order import NO_KEY, key_index, key_score, make_key, product
-from .similarity import inverse_norms, strided_rows
+from .similarity import ascending, inverse_norms, strided_rows
 
 RANK_TOL = tl.constexpr(1e-5)  # the reference's DPP_RANK_TOL: a token with this share of its L_ii left is spent
 FACTOR_STEP = tl.constexpr(32)  # factor entries a step of an inner product
@@ -131,11 +131,9 @@ def dpp_kernel(
     count = k * 0
     # The bound is the key of a token that is not the best, so the best candidate beats it until all are spent. Then a
     # candidate that misses a pick absorbs it, which can happen to each token only k times over, or all are up to date
-    # and the best is picked. The patience, above the rounds that this allows, ends it even if cu_seqlens lets segments
-    # share tokens.
-    patience = n.to(tl.int64) * (k + 2)
-    while (count < k) & (patience > 0):
-        patience -= 1
+    # and the best is picked.
+    fresh = n > 0
+    while (count < k) & fresh:
         keys, bound = nominate(seen_ptr, gain_ptr, relevance_ptr, n, CLASSES, CANDIDATES, False)
         live = keys != NO_KEY
         tokens_c = tl.where(live, key_index(keys), 0).to(tl.int32)
@@ -144,8 +142,7 @@ def dpp_kernel(
         gain = tl.load(gain_ptr + tokens_c, mask=live, other=0.0)
         seen = tl.load(seen_ptr + tokens_c, mask=live, other=0)
         best = tl.max(keys, 0)
-        if best == NO_KEY:
-            patience *= 0  # all are spent: fill
+        fresh = best != NO_KEY  # all are spent: fill
 
         t = tl.maximum(tl.min(tl.where(live, seen, count), 0), 0)
         while (t < count) & (best > bound):
@@ -214,9 +211,7 @@ def dpp_kernel(
         tl.store(seen_ptr + tokens_c, tl.zeros_like(tokens_c) + count, mask=live)
         tl.debug_barrier()
 
-    patience = n.to(tl.int64) + 1  # rounds: each but the last takes a token
-    while (count < k) & (patience > 0):
-        patience -= 1
+    while count < k:  # each round takes a token
         keys, bound = nominate(seen_ptr, gain_ptr, relevance_ptr, n, CLASSES, CANDIDATES, True)
         keys = tl.sort(keys, descending=True)
         take = (keys > bound) & (offs_c < k - count)
@@ -226,7 +221,7 @@ def dpp_kernel(
         count += tl.sum(take.to(tl.int32), 0)
         tl.debug_barrier()
     while count < stop - begin:  # only where k exceeds the segment
-        tl.store(out_ptr + count, first_index.to(tl.int64))
+        tl.store(out_ptr + count, 0)
         count += 1
 
 
@@ -261,10 +256,10 @@ def dpp_select(
     factor = torch.empty(tokens * most, dtype=torch.float32, device=device)
     block = torch.empty(items * config["CANDIDATES"], dtype=torch.int32, device=device)
     gram = torch.empty(items * config["CANDIDATES"] ** 2, dtype=torch.float32, device=device)
-    offsets = budget_starts(k, device) if ragged else picks
+    offsets, starts = budget_starts(k, device) if ragged else picks, ascending(cu_seqlens, tokens)
     dpp_kernel[(items,)](
         features, norms, relevance, gain, seen, factor, picks, roots, block, gram, result,
-        cu_seqlens.contiguous() if packed else picks, offsets, per_item, tokens, k[0], most, features.shape[-1],
+        picks if starts is None else starts, offsets, per_item, tokens, k[0], most, features.shape[-1],
         item_stride, row_stride, int(packed), int(ragged), UPCAST=INTERPRETED, **config,
     )  # fmt: skip
     # Packed positions of consecutive segments are increasing ranges, so that one sort serves all segments.

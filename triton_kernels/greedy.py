@@ -167,11 +167,8 @@ def greedy_kernel(
     committed = count  # picks that tokens may absorb: the complete groups of per_round
     # It ends: the bound is the key of a token that is not the best, so the best candidate beats it. Either that one
     # misses picks and absorbs COLS of them or all, which can happen to each token only k times over, or it misses none
-    # and is picked. Keys are integers, so NaN breaks no comparison. The patience, above the rounds that this allows,
-    # ends it even if cu_seqlens lets segments share tokens.
-    patience = n.to(tl.int64) * (k + 2)
-    while (count < k) & (patience > 0):
-        patience -= 1
+    # and is picked. Keys are integers, so NaN breaks no comparison.
+    while count < k:
         keys, bound = nominate(seen_ptr, nearest_ptr, importance_ptr, n, lam, rest, weighted, CLASSES, CANDIDATES)
         live = keys != NO_KEY
         tokens_c = tl.where(live, key_index(keys), 0)
@@ -246,7 +243,7 @@ def greedy_kernel(
         tl.store(seen_ptr + tokens_c, tl.zeros_like(tokens_c).to(tl.int32) + fresh, mask=live)
         tl.debug_barrier()
     while count < stop - begin:  # only where k exceeds the segment
-        tl.store(out_ptr + count, first_index.to(tl.int64))
+        tl.store(out_ptr + count, 0)
         count += 1
 
 
@@ -361,7 +358,7 @@ def blocked_greedy(
         values: float ``[tokens]``: importance (mmr), or the cosine to the nearest other token (max-min).
         norms: float32 ``[tokens]``: inverse norms.
         k: picks, one int a segment, or one for all items of a batch.
-        cu_seqlens: int32 ``[B + 1]`` or None.
+        cu_seqlens: int32 ``[B + 1]``, contiguous and `ascending`, or None.
         lam: weight of importance.
         per_round: tokens taken from one scoring.
         mmr: scores weigh importance against similarity; otherwise they are 1 - similarity.
@@ -389,7 +386,7 @@ def blocked_greedy(
     block = torch.empty(items * config["CANDIDATES"], dtype=torch.int32, device=device)
     gram = torch.empty(items * config["CANDIDATES"] ** 2, dtype=torch.float32, device=device)
     offsets = budget_starts(k, device) if ragged else picks
-    cu = cu_seqlens.contiguous() if packed else picks
+    cu = cu_seqlens if packed else picks
     where = (cu, offsets, per_item, tokens, k[0])
     rows = config["ROWS"]
     tile = {key: config[key] for key in ("ROWS", "COLS", "DEPTH", "num_warps", "num_stages")}

@@ -9,11 +9,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from .greedy import blocked_greedy
-from .similarity import inverse_norms, nearest_other
+from .similarity import ascending, inverse_norms, nearest_other
 
 
 def maxmin_select(features: Tensor, k: list[int], cu_seqlens: Tensor | None, sort: bool) -> Tensor:
     """int64 picks ``[k]``, ``[B, k]`` or ``[sum of k]`` of ``features [N, D]``, ``[B, N, D]`` or packed ``[T, D]``."""
     norms = inverse_norms(features)
-    nearest = nearest_other(features, norms, cu_seqlens)
-    return blocked_greedy(features, nearest, norms, k, cu_seqlens, lam=1.0, per_round=1, mmr=False, sort=sort)
+    starts = ascending(cu_seqlens, len(norms))
+    nearest = nearest_other(features, norms, starts)
+    return blocked_greedy(features, nearest, norms, k, starts, lam=1.0, per_round=1, mmr=False, sort=sort)

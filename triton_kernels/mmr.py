@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .greedy import blocked_greedy
-from .similarity import inverse_norms
+from .similarity import ascending, inverse_norms
 
 
 def mmr_select(
@@ -22,6 +22,6 @@ def mmr_select(
     sort: bool,
 ) -> Tensor:
     """int64 picks ``[k]``, ``[B, k]`` or ``[sum of k]`` of ``features [N, D]``, ``[B, N, D]`` or packed ``[T, D]``."""
-    return blocked_greedy(
-        features, importance, inverse_norms(features), k, cu_seqlens, lam=lam, per_round=per_round, mmr=True, sort=sort
-    )
+    norms = inverse_norms(features)
+    starts = ascending(cu_seqlens, len(norms))
+    return blocked_greedy(features, importance, norms, k, starts, lam=lam, per_round=per_round, mmr=True, sort=sort)

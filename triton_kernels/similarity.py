@@ -212,6 +212,14 @@ def inverse_norms(features: Tensor) -> Tensor:
     return out
 
 
+def ascending(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
+    """Each offset raised to those before it and kept inside the tokens.
+
+    The host cannot see what they hold: whatever it is, segments then lie side by side.
+    """
+    return cu_seqlens if cu_seqlens is None else cu_seqlens.clamp(0, tokens).cummax(0).values
+
+
 def segment_starts(features: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """int32 ``[segments + 1]``: where segments begin among the flat tokens, also of ``[N, D]`` and ``[B, N, D]``."""
     if cu_seqlens is not None:

@@ -1,6 +1,7 @@
 // Greedy MAP of a determinantal point process (CDPruner, arXiv 2506.10967; Chen et al. 2018, arXiv 1709.05135): two
-// launches. Kernel L_ij = r_i cos(i, j) r_j; token i holds its row c_i of the incremental Cholesky factor up to the
-// last pick it has absorbed, and its gain is what is left of L_ii. After publish and collect (rounds.cuh) a round has
+// launches, three for packed segments. Kernel L_ij = r_i cos(i, j) r_j; token i holds its row c_i of the incremental
+// Cholesky factor up to the last pick it has absorbed, and its gain is what is left of L_ii. After publish and collect
+// (rounds.cuh) a round has
 //   refresh     the team shares out the round's cosines
 //   substitute  a warp for each token: the entries of its row that it lacks, and its gain
 //   resolve     one block picks among the tokens while the best beats the bound, each absorbing every pick
@@ -39,9 +40,7 @@ class Dpp : public Rounds<T, kVector> {
       seen(i) = 0;
       gain(i) = this->norm(i) > 0.0f ? __fmul_rn(relevance(i), relevance(i)) : 0.0f;
     }
-    // It ends as greedy.cuh does.
-    for (int64_t patience = int64_t(at_.n) * (at_.k + 2); count_ < at_.k && patience > 0; --patience) {
-      if (!round()) break;
+    while (count_ < at_.k && round()) {  // it ends as greedy.cuh does
     }
     take_best(at_.k, [&](int i) { return make_key(relevance(i), i); });
     finish();
@@ -249,7 +248,8 @@ size_t dpp(Stream& stream, const DppCall& call, unsigned char* memory) {
   problem.lower = arena.take<float>(size_t(call.segments.count) * k * k);
   problem.roots = arena.take<float>(size_t(call.segments.total_k));
   if (!memory) return arena.used();
-  inverse_norms<T>(stream, call.segments, call.rows, norms);
+  problem.segments = ascending(stream, call.segments, problem.offsets);
+  inverse_norms<T>(stream, problem.segments, call.rows, norms);
   problem.norms = norms;
   problem.relevance = call.relevance;
   problem.block = round_size(call.block);

@@ -52,10 +52,8 @@ class Greedy : public Rounds<T, kVector> {
       absorb_first();
     }
     // It ends: the bound is the key of no token of the round, so the best of the round is picked, unless it missed
-    // picks, which it has then absorbed. The patience, above the rounds that this allows, ends it even if cu_seqlens
-    // lets segments share tokens.
-    for (int64_t patience = int64_t(at_.n) * (at_.k + 2); count_ < at_.k && patience > 0; --patience) {
-      if (!round()) break;
+    // picks, which it has then absorbed.
+    while (count_ < at_.k && round()) {
     }
     finish();
   }

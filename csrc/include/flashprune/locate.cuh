@@ -35,6 +35,38 @@ __device__ __forceinline__ Unit locate(const Segments& all, int item, const Unit
   return {-1, 0};
 }
 
+// Where packed segments begin, and where the last one ends: each offset of cu_seqlens, which the host cannot see,
+// raised to those before it and kept inside the tokens. Whatever they hold, segments then lie side by side. By one
+// warp.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    ascending_kernel(const int32_t* cu_seqlens, int count, int tokens, int32_t* offsets) {
+  int before = 0;
+  for (int from = 0; from <= count; from += kThreads) {
+    const int s = from + lane_index();
+    int offset = min(max(s <= count ? cu_seqlens[s] : 0, before), tokens);
+#pragma unroll
+    for (int step = 1; step < kThreads; step *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, offset, unsigned(step));
+      if (lane_index() >= step) offset = max(offset, other);
+    }
+    if (s <= count) offsets[s] = offset;
+    before = __shfl_sync(kAllLanes, offset, kThreads - 1);
+  }
+}
+
+// Ints that ascending() takes of the workspace.
+inline size_t offset_count(const Segments& all) { return all.cu_seqlens ? size_t(all.count) + 1 : 0; }
+
+// The segments of a call whose teams or panels share memory by token.
+template <class Stream>
+Segments ascending(Stream& stream, Segments all, int32_t* offsets) {
+  if (!all.cu_seqlens) return all;
+  stream.launch(ascending_kernel<32>, Shape{dim3{1, 1, 1}, 32}, all.cu_seqlens, all.count, all.tokens, offsets);
+  all.cu_seqlens = offsets;
+  return all;
+}
+
 // Blocks enough for ceil(n / size) units a segment of n tokens.
 inline int most_chunks(const Segments& all, int size) {
   return all.cu_seqlens ? all.tokens / size + all.count : all.count * ceil_div(all.tokens, size);

@@ -1,5 +1,6 @@
-// Max-min diversity (DivPrune, arXiv 2503.02175): three launches. The first pick is the token whose nearest other token
-// is farthest, half a product of all pairs; the rest are those of MMR where importance and both weights are 1.
+// Max-min diversity (DivPrune, arXiv 2503.02175): three launches, four for packed segments. The first pick is the token
+// whose nearest other token is farthest, half a product of all pairs; the rest are those of MMR where importance and
+// both weights are 1.
 #pragma once
 
 #include "flashprune/greedy.cuh"
@@ -27,8 +28,9 @@ size_t maxmin(Stream& stream, const MaxminCall& call, unsigned char* memory) {
   // All pairs are multiplied for the first pick: what fits is kept.
   float* const matrix = stored(call.cosines, call.segments) ? arena.take<float>(pairs(call.segments)) : nullptr;
   if (!memory) return arena.used();
-  inverse_norms<T>(stream, call.segments, call.rows, norms);
-  all_pairs<T>(stream, call.segments, call.rows, norms, isolation, matrix);
+  const Segments& all = problem.segments = ascending(stream, call.segments, problem.offsets);
+  inverse_norms<T>(stream, all, call.rows, norms);
+  all_pairs<T>(stream, all, call.rows, norms, isolation, matrix);
   problem.norms = norms;
   problem.matrix = matrix;
   problem.isolation = isolation;

@@ -1,8 +1,8 @@
-// Greedy maximal independent set in order of importance, in panels of candidates. Launches: norms and ranks together;
-// from more tokens than a chunk, one to merge the ranks; the first panel's edges; its sweep. Where a segment may have
-// more panels, one cooperative launch goes through them, two barriers of the grid a panel, and ends once no segment has
-// anything left to pick or to pick from. N·K·D + N·P·D / 2 multiply-adds for N candidates, K picks and panels of P.
-// Memory: a panel's P² / 8 bytes of bits a segment, and some 20 bytes a token.
+// Greedy maximal independent set in order of importance, in panels of candidates. Launches: the offsets of packed
+// segments; norms and ranks together; from more tokens than a chunk, one to merge the ranks; the first panel's edges;
+// its sweep. Where a segment may have more panels, one cooperative launch goes through them, two barriers of the grid a
+// panel, and ends once no segment has anything left to pick or to pick from. N·K·D + N·P·D / 2 multiply-adds for N
+// candidates, K picks and panels of P. Memory: a panel's P² / 8 bytes of bits a segment, and some 20 bytes a token.
 #pragma once
 
 #include "flashprune/adjacency.cuh"
@@ -52,7 +52,7 @@ inline int panel_size(const Segments& all, int wanted) {
 // The workspace, dealt out; without a base only its size.
 struct MisMemory {
   float* inverse;
-  int32_t *order, *picks, *counts;
+  int32_t *offsets, *order, *picks, *counts;
   Key* keys = nullptr;
   double* diagonals = nullptr;
   uint32_t *bits, *taken, *chosen = nullptr;
@@ -74,6 +74,7 @@ struct MisMemory {
     Arena arena(static_cast<unsigned char*>(base));
     const size_t tokens = all_tokens(call.all), segments = size_t(call.all.count), words = bit_words(call.all);
     inverse = arena.take<float>(tokens);
+    offsets = arena.take<int32_t>(offset_count(call.all));
     order = arena.take<int32_t>(tokens);
     picks = arena.take<int32_t>(tokens);
     counts = arena.take<int32_t>(segments);
@@ -156,6 +157,7 @@ void mis_select(Stream& stream, MisCall call, void* workspace) {
   if (all.total_k == 0 || all_tokens(all) == 0) return;
   const int size = panel_size(all, call.sizes.panel), chunk = call.sizes.chunk;
   const MisMemory memory(call, size, workspace);
+  call.all = ascending(stream, call.all, memory.offsets);
   call.rule.diagonals = memory.diagonals;
   const bool aligned = aligned_rows(call.rows, sizeof(T));
 

@@ -1,4 +1,5 @@
-// Maximal Marginal Relevance (IDPruner, arXiv 2602.13315, Algorithm 1): two launches, or three with stored cosines.
+// Maximal Marginal Relevance (IDPruner, arXiv 2602.13315, Algorithm 1): two launches, or three with stored cosines;
+// one more for packed segments.
 #pragma once
 
 #include "flashprune/greedy.cuh"
@@ -27,8 +28,9 @@ size_t mmr(Stream& stream, const MmrCall& call, unsigned char* memory) {
   float* const norms = arena.take<float>(all_tokens(call.segments));
   float* const matrix = stored(call.cosines, call.segments) ? arena.take<float>(pairs(call.segments)) : nullptr;
   if (!memory) return arena.used();
-  inverse_norms<T>(stream, call.segments, call.rows, norms);
-  if (matrix) all_pairs<T>(stream, call.segments, call.rows, norms, nullptr, matrix);
+  const Segments& all = problem.segments = ascending(stream, call.segments, problem.offsets);
+  inverse_norms<T>(stream, all, call.rows, norms);
+  if (matrix) all_pairs<T>(stream, all, call.rows, norms, nullptr, matrix);
   problem.norms = norms;
   problem.matrix = matrix;
   problem.importance = call.importance;

@@ -39,6 +39,7 @@ struct RoundsProblem {
   bool sort;
   int64_t* out;
   // workspace
+  int32_t* offsets;  // [segments + 1] of packed segments, ascending
   int team;
   uint32_t* counters;  // [teams], zero
   Exchange* exchange;  // [teams]
@@ -257,8 +258,8 @@ class Rounds {
     }
   }
 
-  // Ascending indices where they are wanted, and an index in range where wrong cu_seqlens left no token to pick. After
-  // its barrier the team is done with the exchange, which the next segment may then use.
+  // Ascending indices where they are wanted, and 0 where wrong cu_seqlens left no token to pick. After its barrier the
+  // team is done with the exchange, which the next segment may then use.
   __device__ void finish() {
     team_.sync();
     if (team_.rank != 0) return;
@@ -279,7 +280,7 @@ class Rounds {
         placed += total;
       }
     }
-    for (int t = placed + int(threadIdx.x); t < at_.room; t += int(blockDim.x)) out[t] = at_.base;
+    for (int t = placed + int(threadIdx.x); t < at_.room; t += int(blockDim.x)) out[t] = 0;
   }
 
   const RoundsProblem& problem_;
@@ -310,6 +311,7 @@ struct RoundsPlan {
 
   // Deals the workspace out to a problem.
   void take(Arena& arena, RoundsProblem& problem) const {
+    problem.offsets = arena.take<int32_t>(offset_count(problem.segments));
     problem.team = teams.size;
     problem.counters = arena.take<uint32_t>(size_t(teams.count));
     problem.exchange = arena.take<Exchange>(size_t(teams.count));

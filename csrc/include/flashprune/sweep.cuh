@@ -140,7 +140,7 @@ __device__ __forceinline__ void sweep_panel(const Panel& panel, const Sweep& cal
   };
 
   uint32_t early[2] = {}, across = 0;  // neighbours of a lane's two candidates before them in the same 32; from 1 to 2
-  // What is no earlier neighbour is masked out: were cu_seqlens wrong, words that nobody wrote could stop the rounds.
+  // What is no earlier neighbour is masked out: whatever the words hold, the rounds end.
   const uint32_t before = (1u << lane_index()) - 1;
   const auto prepare = [&](int block) {
     const int first = block * kSweepRows + lane_index();
