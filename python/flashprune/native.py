@@ -65,7 +65,8 @@ def cuda_status() -> str:
         return status
     if not torch.cuda.is_available():
         return "no GPU: torch.cuda.is_available() is False"
-    return capability_status()
+    status = capability_status()
+    return _driver_status(*_cuda_versions()) if status == READY else status
 
 
 def capability_status() -> str:
@@ -80,7 +81,7 @@ def capability_status() -> str:
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST_CAPABILITY:
         return "GPU too old: compute capability {}.{}, and 8.0 or later is needed".format(*capability)
-    return _driver_status(*_cuda_versions())
+    return READY
 
 
 def build_facts() -> dict[str, Any]:
