@@ -228,11 +228,13 @@ def mask(given: Whole, row: int, columns: list[int], kind: str) -> Tensor | None
         return None
     back = torch.tensor(columns)[:, None] - torch.tensor(columns)
     seen = back >= 0
-    if kind == "sliding_attention":
-        seen &= back < decoder(given.model).config.sliding_window
+    sliding = kind == "sliding_attention"
+    within = back < decoder(given.model).config.sliding_window if sliding else torch.ones_like(seen)
+    seen &= within
     if kind in given.both_ways:
         images = given.images(row, columns)
-        seen |= (images[:, None] == images) & (images >= 0)
+        same = (images[:, None] == images) & (images >= 0)
+        seen |= same & within if given.model.config.model_type == "gemma4" else same
     if given.model.config.model_type == "paligemma":  # the whole prompt
         prompt = torch.tensor(columns) < given.ids.shape[1]
         seen |= prompt[:, None] & prompt

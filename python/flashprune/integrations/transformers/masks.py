@@ -23,12 +23,19 @@ def differ(config: Any) -> bool:
 
 
 def prepare(
-    config: Any, embeds: Tensor, columns: Tensor, padded: bool, seen: int, cache: Any, blocks: Mapping[str, Tensor]
+    config: Any,
+    embeds: Tensor,
+    columns: Tensor,
+    padded: bool,
+    seen: int,
+    cache: Any,
+    blocks: Mapping[str, Tensor],
+    windows_cut_blocks: bool = False,
 ) -> Any:
     """What a decoder is given for `attention_mask` with `[B, L, D]` embeddings, by kind of layer if it names kinds.
 
     `columns`: int64 `[B, held + L]`, which of the tokens seen each is that the cache holds or that is new, -1 for
-    padding; `padded`: whether any may be; `seen`: how many were; `blocks`: see `Family.blocks`.
+    padding; `padded`: whether any may be; `seen`: how many were; `blocks`, `windows_cut_blocks`: see `Family`.
     """
     types = kinds(config)
     unknown = set(types) - set(_KINDS)
@@ -49,7 +56,7 @@ def prepare(
         block = blocks.get(kind)
         same = None if block is None else same_block(columns, block)
         within = _within(columns, window) if kind == _SLIDING and seen > window else None
-        if within is not None and same is not None:  # a block reaches beyond the window
+        if within is not None and same is not None and not windows_cut_blocks:
             within = or_masks(within, same)
         masks[kind] = create_causal_mask(
             config=config,

@@ -271,7 +271,8 @@ class Pruner:
         """The decoder's mask: of the columns, where it makes its own of that, else those that it uses."""
         config = self.language_model.config
         if blocks or isinstance(kwargs.get("attention_mask"), dict) or masks.differ(config):
-            return masks.prepare(config, kwargs["inputs_embeds"], columns, padded, seen, cache, blocks)
+            cut = self.family.windows_cut_blocks
+            return masks.prepare(config, kwargs["inputs_embeds"], columns, padded, seen, cache, blocks, cut)
         return columns >= 0 if padded else None
 
     # Before the LLM

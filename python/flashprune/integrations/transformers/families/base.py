@@ -24,6 +24,7 @@ class Family:
     model_types: ClassVar[tuple[str, ...]] = ()
     text_model: ClassVar[str] = "language_model"  # the decoder, an attribute of the base model
     tower: ClassVar[str] = "vision_tower"  # the encoder, likewise
+    windows_cut_blocks: ClassVar[bool] = False  # whether the tokens of a block (`blocks`) see no further than a window
     join_adjacent: ClassVar[bool] = False  # whether items without text between them are tiles of one image
 
     def items(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any) -> list[Item]:

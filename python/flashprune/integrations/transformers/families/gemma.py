@@ -45,6 +45,7 @@ class Gemma4(Family):
     """Gemma 4: each image at its own size, the patches of a token averaged; embeddings for each layer of the LLM."""
 
     model_types: ClassVar[tuple[str, ...]] = ("gemma4",)
+    windows_cut_blocks = True
 
     def items(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any) -> list[Item]:
         grids = self._grids(base, kind, arguments)
