@@ -8,12 +8,18 @@ masks of the pruned layers must fit what their caches hold. So does a crop: it i
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.masking_utils import create_causal_mask
+
+# The name of a call's cache; from Transformers 5.24 on the other is an older one, still taken.
+NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 _classes: dict[type[Cache], type[Cache]] = {}
 
@@ -143,6 +149,12 @@ class PrunedCache(Cache):
                 f"the cache was pruned from layer {self.pruned.first_layer} on: only a model pruned from there can "
                 "continue it; call prune() with the same method and layer, or start a new cache"
             )
+
+
+def given(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a call's arguments, by whatever name; None without."""
+    found = arguments.get(NAME)
+    return arguments.get("past_key_values") if found is None else found
 
 
 def record(cache: Any, pruning: Pruned) -> None:

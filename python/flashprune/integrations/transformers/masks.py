@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask, or_masks
 
+from . import caches
+
 _SLIDING = "sliding_attention"
 _KINDS = ("full_attention", _SLIDING, "linear_attention")
 
@@ -62,7 +64,7 @@ def prepare(
             config=config,
             inputs_embeds=embeds,
             attention_mask=valid,
-            past_key_values=cache,
+            **{caches.NAME: cache},
             or_mask_function=same,
             and_mask_function=within,
             layer_idx=types.index(kind),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import caches
 from .families import family_of
 from .prune import Handle, prune
 from .report import Selection, Stopwatch
@@ -125,7 +126,7 @@ def _run(
         output, forward = _waited(device, lambda: prefill(model, inputs))
     selected = handle.last if handle is not None else None
     if warm_up:
-        profile.cache_bytes = cache_bytes(output.past_key_values)
+        profile.cache_bytes = cache_bytes(getattr(output, caches.NAME))
         if selected is not None:
             profile.kept, profile.backend = selected.tokens_kept, selected.backend
     else:

@@ -152,14 +152,13 @@ class Pruner:
         make: Callable[..., Any],
         *,
         attention_mask: Tensor | None,
-        past_key_values: Any,
         is_first_iteration: bool,
         **kwargs: Any,
     ) -> Tensor | None:
         """For static caches generate makes the masks itself: not here, where only the language model can tell them."""
         if attention_mask is None or is_first_iteration:
             return attention_mask
-        more = past_key_values.get_max_length() - attention_mask.shape[1]
+        more = caches.given(kwargs).get_max_length() - attention_mask.shape[1]
         return pad(attention_mask, (0, more), value=1)  # one shape for all steps, for torch.compile
 
     def _check_served(self, *_: Any) -> None:
@@ -171,7 +170,8 @@ class Pruner:
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = _signature(type(self.base).forward).bind(self.base, *args, **kwargs).arguments
-        caches.lend(given.get("past_key_values"), self._first_layer)  # some models make their masks here
+        given |= given.pop("kwargs", {})
+        caches.lend(caches.given(given), self._first_layer)  # some models make their masks here
         self._running.forward = forward = Forward(given.get("input_ids"), given.get("inputs_embeds"), given)
         for kind, output in (given.get("mm_encoder_outputs") or {}).items():
             if output is not None and kind in KINDS:
@@ -186,15 +186,15 @@ class Pruner:
     def _leave(self, *_: Any) -> None:
         forward, self._running.forward = self._running.forward, None
         if forward is not None:  # it never came to the language model
-            caches.take_back(forward.arguments.get("past_key_values"))
+            caches.take_back(caches.given(forward.arguments))
 
     def _enter_language_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        running, cache = self._running, kwargs.get("past_key_values")
+        running, cache = self._running, caches.given(kwargs)
         forward, running.forward = running.forward, None
         self._leave_language_model()
         caches.lend(cache, self._first_layer)
         prefill = None if forward is None else self._plan_prefill(forward, kwargs)
-        running.decoding = decoding = Decoding(kwargs.get("past_key_values"), prefill)
+        running.decoding = decoding = Decoding(caches.given(kwargs), prefill)
         if running.asked is not None:
             running.asked.prefill = prefill
         if prefill is None or forward is None:
@@ -212,9 +212,9 @@ class Pruner:
         """The prefill to prune; None if there is nothing to drop."""
         if not forward.encoded:
             return None
-        embeds, mask, cache = kwargs["inputs_embeds"], self._mask(forward, kwargs), kwargs.get("past_key_values")
+        embeds, mask, cache = kwargs["inputs_embeds"], self._mask(forward, kwargs), caches.given(kwargs)
         if cache is None and kwargs.get("use_cache", self.language_model.config.use_cache) is not False:
-            cache = kwargs["past_key_values"] = DynamicCache(config=self.language_model.config)
+            cache = kwargs[caches.NAME] = DynamicCache(config=self.language_model.config)
         if cache is not None and cache.is_compileable and any(cache.is_sliding):
             raise ValueError("a static cache with sliding-window layers does not fit a pruned model: use DynamicCache")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
@@ -375,7 +375,7 @@ class Pruner:
             config=self.language_model.config,
             inputs_embeds=hidden,
             attention_mask=mask,
-            past_key_values=cache,
+            **{caches.NAME: cache},
             or_mask_function=same_block,
             layer_idx=layer,
         )

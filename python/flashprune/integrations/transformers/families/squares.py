@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import caches
 from ..encoders import Calls, blocks
 from ..tokens import Item
 from .base import Family
@@ -54,7 +55,7 @@ class PaliGemma(Squares):
     model_types = ("paligemma",)
 
     def blocks(self, base: Any, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-        types, cache = arguments.get("token_type_ids"), arguments.get("past_key_values")
+        types, cache = arguments.get("token_type_ids"), caches.given(arguments)
         first = cache is None or not cache.is_initialized or arguments.get("pixel_values") is not None
         if types is None or not first:
             return {}
