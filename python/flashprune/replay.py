@@ -8,7 +8,9 @@ itself must hold, ties by index included.
 Bounds, with eps of the working precision (float32: 2**-23) and D features:
 
 - a cosine is off by at most (sqrt(D) + 8) * eps: rounding errors of a sum of D products add up like a random walk
-  (Higham and Mary, 2019), with a factor of two to spare, and two norms are divided out;
+  (Higham and Mary, 2019), with a factor of two to spare, and two norms are divided out. Tensor cores cut off instead,
+  so that errors would add up: the CUDA kernels let them sum a few products only, which costs at most 28 eps whatever D
+  is (4 on random rows in the tests; csrc/include/flashprune/tile.cuh);
 - mmr, mis and maxmin add a few eps of the terms that they combine with it;
 - dpp: gains are Schur complements of the kernel. With w the coefficients that best express token i by the picks and
   q**2 the sum of (w_s r_s)**2, independent errors u * r_a * r_b of the kernel's entries move the gain of token i by
