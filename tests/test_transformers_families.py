@@ -21,13 +21,12 @@ ALL = [
     (family, prompts) for family in MORE for prompts in PROMPTS if prompts != "video" or family in vlm.tiny_models.VIDEO
 ]
 FULL_ATTENTION = [family for family in MORE if vlm.full_attention(family)]
-UNWATCHED = ("got_ocr2",)  # whose encoder's attention nobody sees
 CASES = [
     (family, method, prompts)
     for family in MORE
     for method, prompts in [*METHODS, ("divprune", "video"), ("fastv", "video")]
     if (prompts != "video" or family in vlm.tiny_models.VIDEO) and (method in vlm.BEFORE or family in FULL_ATTENTION)
-    if method != "topk" or family not in UNWATCHED
+    if method != "topk" or family not in vlm.UNWATCHED
 ]
 
 
@@ -96,7 +95,7 @@ def test_methods_inside_the_llm_need_full_attention(family: str) -> None:
         prune(model, "fastv")
 
 
-@pytest.mark.parametrize("family", [family for family in UNWATCHED if family in MORE])
+@pytest.mark.parametrize("family", [family for family in vlm.UNWATCHED if family in MORE])
 def test_an_encoder_whose_attention_is_out_of_sight(family: str) -> None:
     with pytest.raises(ValueError, match=r"received_attention' needs GotOcr2\.scores\(\), which this family does not"):
         prune(vlm.built(family)[0], "topk", importance="received_attention")

@@ -22,6 +22,7 @@ from flashprune.cli.photos import load_photo
 # Those that the whole matrix of methods and forms runs on, and those of test_transformers_families.py.
 FAMILIES = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 MORE = tuple(family for family in tiny_models.FAMILIES if family not in FAMILIES)
+UNWATCHED = ("got_ocr2",)  # whose encoder's attention nobody sees
 QWEN_VL = tiny_models.QWEN_VL
 WITH_VIDEO = tuple(family for family in FAMILIES if family in tiny_models.VIDEO)
 WIDTH = 64  # of the tiny language models
