@@ -41,7 +41,7 @@ class _Config:
     def __init__(self, original: Any, tap: Tap) -> None:
         self._original = original
         self._tap = tap
-        self._observed = _Observed()
+        self._threads = _Threads()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what copy and pickle ask of it is not the original's to answer
@@ -50,7 +50,7 @@ class _Config:
 
     @property
     def _attn_implementation(self) -> str:
-        if self._observed.inside:  # FlashAttention reads its own name there
+        if self._threads.inside:  # FlashAttention reads its own name there
             return self._original._attn_implementation
         name = _PREFIX + (self._original._attn_implementation or "eager")
         if name not in ALL_ATTENTION_FUNCTIONS:
@@ -58,14 +58,15 @@ class _Config:
         return name
 
 
-class _Observed(threading.local):
-    """Whether the current thread is past the observer, in the model's own attention function."""
+class _Threads(threading.local):
+    """Whether the current thread is past the observer, in the model's own attention function: then not empty."""
 
-    inside = False
+    def __init__(self) -> None:
+        self.inside: list[Any] = []  # torch.compile loses what is set on a `threading.local` itself
 
     def __reduce__(self) -> Any:
         """A copy is in no call."""
-        return _Observed, ()
+        return _Threads, ()
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -73,11 +74,11 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, 
     config._tap.observer(query, key, kwargs["scaling"], kwargs)
     eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._original._attn_implementation or "eager", eager)
-    config._observed.inside = True
+    config._threads.inside.append(module)
     try:
         return attention(module, query, key, value, *args, **kwargs)
     finally:
-        config._observed.inside = False
+        config._threads.inside.clear()
 
 
 def attention_modules(tower: nn.Module) -> list[nn.Module]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from .capture import Observer, Tap
@@ -39,6 +41,11 @@ class Hooks:
     def tap(self, module: nn.Module, observer: Observer) -> None:
         """Shows queries and keys of an attention module; see `Tap`."""
         self._on.append(Tap(module, observer))
+
+    def forget_compiled(self) -> None:
+        """What was compiled calls the hooks that were there when it was traced: it is traced anew, with these."""
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
 
     def remove(self) -> None:
         """Everything is as it was."""

@@ -16,6 +16,14 @@ from .prefill import Cut, Prefill
 _IGNORED = -100  # Transformers' label of what does not count
 
 
+def not_pruned(name: str) -> RuntimeError:
+    """What to raise where a pass ended and hooks were not called."""
+    return RuntimeError(
+        f"nothing was pruned: {name} ran without the hooks of prune(), as code that was compiled, exported or captured "
+        "before does; call prune() first, then compile"
+    )
+
+
 class Asked:
     """What one call of a model with a head asks for.
 
@@ -25,6 +33,7 @@ class Asked:
 
     def __init__(self, model: Any, call: dict[str, Any]) -> None:
         self.prefill: Prefill | None = None  # of this call, once it was shortened
+        self.reached = False  # whether the base model's hooks ran
         self._model, self._call = model, call
         self._logits_to_keep: Any = call.get("logits_to_keep", 0)
         self._whole = not isinstance(self._logits_to_keep, Tensor) and self._logits_to_keep == 0
@@ -58,7 +67,9 @@ class Asked:
             )
 
     def check_served(self) -> None:
-        """RuntimeError if positions were asked for and the head was not seen."""
+        """RuntimeError if the model ran past the hooks, or positions were asked for and the head was not seen."""
+        if not self.reached:
+            raise not_pruned("the model")
         if isinstance(self._logits_to_keep, Tensor):
             raise RuntimeError("logits_to_keep was not served: the model does not call get_output_embeddings()")
 

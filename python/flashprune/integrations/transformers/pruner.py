@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,10 +22,10 @@ from .encoded import add_items, items_of
 from .encoders import Calls, Encoding
 from .families import Family
 from .hooks import Hooks
-from .outputs import Asked
+from .outputs import Asked, not_pruned
 from .prefill import Cut, Prefill
 from .report import Last, Stopwatch
-from .running import Decoding, Forward, Running
+from .running import Decoding, Forward, Running, Threads
 from .selection import Plan
 from .tokens import KINDS, VisualTokens, place, segments
 
@@ -36,21 +36,35 @@ class Pruner:
     Watched: the encoder (what images and videos there are, its attention), the base model's arguments (where their
     placeholders are), the language model's (to shorten them), for methods inside the LLM the layers from `layer + 1`
     on, which see the shorter sequence, and the head, of which a caller may ask for certain logits and a loss. What is
-    seen of a call is its thread's: see `Running`.
+    seen of a call is its thread's: see `Threads`.
     """
 
-    def __init__(self, model: Any, family: Family, plan: Plan, layer: int, encoder_layer: int | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        family: Family,
+        plan: Plan,
+        layer: int,
+        encoder_layer: int | None,
+        callers: Sequence[nn.Module] = (),
+    ) -> None:
+        """`callers`: modules that call the model's `forward`, past the hooks on the model itself."""
         self.plan, self.family, self.layer = plan, family, layer
         self.base: Any = model.base_model
         self.language_model: Any = family.language_model(self.base)
+        self._parameters = tuple(inspect.signature(type(self.base).forward).parameters)[1:]  # but self
         self.last = Last()
-        self._running = Running()
+        self._threads = Threads()
         self._hooks = Hooks()
         try:
-            self._install(model, encoder_layer)
+            self._install(model, encoder_layer, callers)
         except BaseException:
             self.remove()
             raise
+
+    @property
+    def _running(self) -> Running:
+        return self._threads.running
 
     @property
     def _first_layer(self) -> int:
@@ -60,11 +74,13 @@ class Pruner:
     def remove(self) -> None:
         """Leave the model as it was."""
         self._hooks.remove()
+        self._hooks.forget_compiled()
 
-    def _install(self, model: nn.Module, encoder_layer: int | None) -> None:
+    def _install(self, model: nn.Module, encoder_layer: int | None, callers: Sequence[nn.Module]) -> None:
         hooks = self._hooks
+        hooks.forget_compiled()
         if model is not self.base:
-            self._watch_head(model)
+            self._watch_head(model, callers)
         hooks.before(self.base, self._enter)
         hooks.after(self.base, self._leave)
         hooks.before(self.language_model, self._enter_language_model)
@@ -82,12 +98,13 @@ class Pruner:
             if hasattr(self.language_model, "_deepstack_process"):
                 hooks.replace(self.language_model, "_deepstack_process", self._deepstack)
 
-    def _watch_head(self, model: Any) -> None:
+    def _watch_head(self, model: Any, callers: Sequence[nn.Module]) -> None:
         """What is asked of a model with a head, and where it is served."""
         hooks = self._hooks
-        hooks.before(model, self._enter_model)
-        hooks.after(model, self._check_served, always=False)
-        hooks.after(model, self._leave_model)
+        for entry in (model, *callers):
+            hooks.before(entry, self._enter_model)
+            hooks.after(entry, self._check_served, always=False)
+            hooks.after(entry, self._leave_model)
         hooks.before(model.get_output_embeddings(), self._enter_head)
         hooks.replace(model, "_loss_function", self._loss, model.loss_function)
         make = getattr(model, "create_masks_for_generate", create_masks_for_generate)
@@ -169,9 +186,10 @@ class Pruner:
         self._running.asked = None
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = _signature(type(self.base).forward).bind(self.base, *args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs
         caches.lend(caches.given(given), self._first_layer)  # some models make their masks here
+        if self._running.asked is not None:
+            self._running.asked.reached = True
         self._running.forward = forward = Forward(given.get("input_ids"), given.get("inputs_embeds"), given)
         for kind, output in (given.get("mm_encoder_outputs") or {}).items():
             if output is not None and kind in KINDS:
@@ -183,15 +201,17 @@ class Pruner:
                     )
                 forward.encoded[kind] = items
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward, self._running.forward = self._running.forward, None
         if forward is not None:  # it never came to the language model
             caches.take_back(caches.given(forward.arguments))
+            if output is not None:
+                raise not_pruned(type(self.language_model).__name__)
 
     def _enter_language_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         running, cache = self._running, caches.given(kwargs)
         forward, running.forward = running.forward, None
-        self._leave_language_model()
+        self._forget_decoding()
         caches.lend(cache, self._first_layer)
         prefill = None if forward is None else self._plan_prefill(forward, kwargs)
         running.decoding = decoding = Decoding(caches.given(kwargs), prefill)
@@ -203,7 +223,18 @@ class Pruner:
             self._shorten_inputs(prefill, kwargs)
         return args, kwargs
 
-    def _leave_language_model(self, *_: Any) -> None:
+    def _leave_language_model(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        decoding = self._running.decoding
+        self._forget_decoding()
+        if (
+            output is not None
+            and decoding is not None
+            and decoding.prefill is not None
+            and decoding.prefill.cut is None
+        ):
+            raise not_pruned(f"a layer of {type(self.language_model).__name__}")
+
+    def _forget_decoding(self) -> None:
         decoding, self._running.decoding = self._running.decoding, None
         if decoding is not None:
             caches.take_back(decoding.cache)
@@ -397,6 +428,3 @@ def _take(keys: Tensor, visible: Tensor) -> Tensor:
     if last - first + 1 == len(visible):
         return keys[:, first : last + 1]
     return keys[:, visible.to(keys.device)]
-
-
-_signature = functools.cache(inspect.signature)  # it takes longer than a layer's hook

@@ -98,20 +98,28 @@ class Selection:
         return self.stopwatch.seconds
 
 
+class _Own(threading.local):
+    """A list a thread: torch.compile loses what is set on a `threading.local` itself."""
+
+    def __init__(self) -> None:
+        self.last: list[Selection] = []
+
+
 class Last:
     """The selection of the calling thread's last prefill; if it ran none, that of any thread's."""
 
     def __init__(self) -> None:
-        self._own = threading.local()
+        self._own = _Own()
         self._latest: Selection | None = None
 
     def note(self, selection: Selection) -> None:
         """The calling thread's from now on."""
-        self._own.selection = self._latest = selection
+        self._own.last[:] = [selection]
+        self._latest = selection
 
     @property
     def selection(self) -> Selection | None:
-        return getattr(self._own, "selection", self._latest)
+        return self._own.last[0] if self._own.last else self._latest
 
     def __reduce__(self) -> Any:
         """A copy has seen no prefill."""

@@ -36,8 +36,9 @@ class Decoding:
     shorter: dict[str, Any] | None = None  # what the layers after a pruning inside the LLM are given
 
 
-class Running(threading.local):
-    """The calls that the current thread is in."""
+@dataclass
+class Running:
+    """The calls that a thread is in."""
 
     asked: Asked | None = None
     encoding: Encoding | None = None
@@ -54,6 +55,16 @@ class Running(threading.local):
         finally:
             self.asked, self.encoding, self.forward, self.decoding = before
 
+
+class Threads(threading.local):
+    """The calls that the current thread is in.
+
+    They are one object a thread, which torch.compile can trace changes of; of a `threading.local` it loses them.
+    """
+
+    def __init__(self) -> None:
+        self.running = Running()
+
     def __reduce__(self) -> Any:
         """A copy is in no call."""
-        return Running, ()
+        return Threads, ()
