@@ -15,7 +15,7 @@ from ... import budgets, checks
 from ...scorer import VisionSelector
 from . import masks
 from .clip import CLIPRelevance
-from .families import Family, family_of
+from .families import Family, family_of, unwrap
 from .prior import read_prior
 from .pruner import Pruner
 from .relevance import prompt_relevance
@@ -76,7 +76,8 @@ def prune(
 ) -> Handle:
     """Prune the visual tokens of every prefill of a Transformers model, for `forward` and `generate` alike.
 
-    - `model`: of a supported family, as `from_pretrained` loads it; its weights stay what they are.
+    - `model`: of a supported family, as `from_pretrained` loads it, or a pipeline, PEFT model or compiled model around
+      one; its weights stay what they are.
     - `method`: `idpruner`, `divprune`, `cdpruner`, `naive_hybrid`, `visionselector` and `topk` prune before the LLM,
       by the embeddings that enter it; `d2pruner` and `fastv` inside it, by the attention of the prompt's last token in
       layer `layer` (0-based): the layers after it see the shorter sequence. `options` are those of the method of that
@@ -106,6 +107,7 @@ def prune(
 
     Sources: the methods' papers, see `flashprune.methods`.
     """
+    model = unwrap(model)
     family = family_of(model)
     base = model.base_model
     if getattr(base, _ACTIVE, None) is not None:
@@ -138,8 +140,7 @@ def prune(
 
 def unprune(model: Any) -> None:
     """Take the pruning off a model, as `remove()` of its handle does; nothing if it is not pruned."""
-    family_of(model)
-    handle: Handle | None = vars(model.base_model).get(_ACTIVE)
+    handle: Handle | None = vars(unwrap(model).base_model).get(_ACTIVE)
     if handle is not None:
         handle.remove()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -39,25 +40,17 @@ class Pruner:
     seen of a call is its thread's: see `Threads`.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        family: Family,
-        plan: Plan,
-        layer: int,
-        encoder_layer: int | None,
-        callers: Sequence[nn.Module] = (),
-    ) -> None:
-        """`callers`: modules that call the model's `forward`, past the hooks on the model itself."""
+    def __init__(self, model: Any, family: Family, plan: Plan, layer: int, encoder_layer: int | None) -> None:
         self.plan, self.family, self.layer = plan, family, layer
         self.base: Any = model.base_model
         self.language_model: Any = family.language_model(self.base)
         self._parameters = tuple(inspect.signature(type(self.base).forward).parameters)[1:]  # but self
         self.last = Last()
+        self._warned = False
         self._threads = Threads()
         self._hooks = Hooks()
         try:
-            self._install(model, encoder_layer, callers)
+            self._install(model, encoder_layer)
         except BaseException:
             self.remove()
             raise
@@ -76,11 +69,11 @@ class Pruner:
         self._hooks.remove()
         self._hooks.forget_compiled()
 
-    def _install(self, model: nn.Module, encoder_layer: int | None, callers: Sequence[nn.Module]) -> None:
+    def _install(self, model: nn.Module, encoder_layer: int | None) -> None:
         hooks = self._hooks
         hooks.forget_compiled()
         if model is not self.base:
-            self._watch_head(model, callers)
+            self._watch_head(model)
         hooks.before(self.base, self._enter)
         hooks.after(self.base, self._leave)
         hooks.before(self.language_model, self._enter_language_model)
@@ -98,13 +91,12 @@ class Pruner:
             if hasattr(self.language_model, "_deepstack_process"):
                 hooks.replace(self.language_model, "_deepstack_process", self._deepstack)
 
-    def _watch_head(self, model: Any, callers: Sequence[nn.Module]) -> None:
+    def _watch_head(self, model: Any) -> None:
         """What is asked of a model with a head, and where it is served."""
         hooks = self._hooks
-        for entry in (model, *callers):
-            hooks.before(entry, self._enter_model)
-            hooks.after(entry, self._check_served, always=False)
-            hooks.after(entry, self._leave_model)
+        hooks.before(model, self._enter_model)
+        hooks.after(model, self._check_served, always=False)
+        hooks.after(model, self._leave_model)
         hooks.before(model.get_output_embeddings(), self._enter_head)
         hooks.replace(model, "_loss_function", self._loss, model.loss_function)
         make = getattr(model, "create_masks_for_generate", create_masks_for_generate)
@@ -162,7 +154,9 @@ class Pruner:
 
     def _loss(self, compute: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         asked = self._running.asked
-        return compute(*args, **kwargs) if asked is None else asked.loss(compute, *args, **kwargs)
+        if asked is None:
+            raise not_pruned("the model")
+        return asked.loss(compute, *args, **kwargs)
 
     def _mask_for_generate(
         self,
@@ -242,6 +236,8 @@ class Pruner:
     def _plan_prefill(self, forward: Forward, kwargs: dict[str, Any]) -> Prefill | None:
         """The prefill to prune; None if there is nothing to drop."""
         if not forward.encoded:
+            if forward.inputs_embeds is not None and forward.inputs_embeds.shape[1] > 1:
+                self._warn_merged()
             return None
         embeds, mask, cache = kwargs["inputs_embeds"], self._mask(forward, kwargs), caches.given(kwargs)
         if cache is None and kwargs.get("use_cache", self.language_model.config.use_cache) is not False:
@@ -268,6 +264,17 @@ class Pruner:
             self.last.note(prefill.selection(embeds))
             return None
         return prefill
+
+    def _warn_merged(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "inputs_embeds came without images: any that are merged into it were not pruned, for nothing tells "
+                "where they stand. Pass input_ids, or the embeddings of the placeholders, with pixel_values or "
+                "mm_encoder_outputs, and let the model merge them",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _mask(self, forward: Forward | None, kwargs: dict[str, Any]) -> Any:
         """The caller's mask: some models make others of it before they call the decoder."""

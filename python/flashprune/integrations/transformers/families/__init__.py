@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import Pipeline, PreTrainedModel
 
 from .base import Family
 from .gemma import Gemma3, Gemma4
@@ -20,7 +20,7 @@ from .qwen import Qwen2VL, Qwen3VL, Qwen25VL, Qwen35
 from .squares import AyaVision, DeepseekVL, GotOcr2, Idefics3, Ovis2, PaliGemma, VipLlava
 from .video_llama import VideoLlama3
 
-__all__ = ["Family", "family_of", "register_family", "supported"]
+__all__ = ["Family", "family_of", "register_family", "supported", "unwrap"]
 
 _families: list[type[Family]] = [
     Llava,
@@ -63,6 +63,35 @@ def register_family(family: type[Family]) -> None:
 def supported() -> list[str]:
     """The model types that can be pruned."""
     return sorted(set(itertools.chain.from_iterable(family.model_types for family in _families)))
+
+
+def unwrap(model: Any) -> Any:
+    """The Transformers model in a pipeline, a PEFT model or what torch.compile returns; TypeError if there is none.
+
+    All of these call it, hooks included.
+    """
+    inside = model
+    while not _is_plain(inside):
+        if hasattr(inside, "_orig_mod"):
+            inside = inside._orig_mod
+        elif hasattr(inside, "get_base_model"):
+            inside = inside.get_base_model()
+        elif isinstance(inside, Pipeline):
+            inside = inside.model
+        else:
+            names = [name for name, one in _attributes(inside) if isinstance(one, PreTrainedModel)]
+            instead = f": pass its attribute {' or '.join(names)}" if names else ""
+            raise TypeError(f"model must be a Transformers model, got {type(inside).__name__}{instead}")
+    return inside
+
+
+def _is_plain(model: Any) -> bool:
+    return isinstance(model, PreTrainedModel) and not hasattr(model, "_orig_mod")
+
+
+def _attributes(owner: Any) -> list[tuple[str, Any]]:
+    held = getattr(owner, "__dict__", {})
+    return [*held.items(), *held.get("_modules", {}).items()]
 
 
 def family_of(model: Any) -> Family:
