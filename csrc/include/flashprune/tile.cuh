@@ -32,11 +32,11 @@ template <class T, int kTile>
 class CosineTile {
  public:
   static constexpr int kThreads = 2 * kTile;
-  // That a multiprocessor is to hold at once: as many as its shared memory, but float32 takes more registers.
+  // That a multiprocessor is to hold at once: as many as its shared memory, but large tiles take too many registers.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
   static constexpr int kBlocks = kTile == kLargeTile ? 1 : 3;
 #else
-  static constexpr int kBlocks = kTile == kSmallTile ? 4 : sizeof(T) == 4 ? 1 : 2;
+  static constexpr int kBlocks = kTile == kLargeTile ? 1 : 4;
 #endif
 
   static size_t shared_bytes() {
