@@ -55,3 +55,16 @@ def test_what_runs_past_the_hooks_is_an_error(model: Any, method: str, past: str
             model(**batch)
         module._forward_pre_hooks = hooks
         assert torch.equal(model(**batch).logits, right)
+
+
+@torch.no_grad()
+def test_a_step_on_a_pruned_cache_is_one_graph(model: Any) -> None:
+    """A prefill with images is not: pruned or not, Transformers takes a lock there, and kept columns are read."""
+    batch = vlm.alone("llava")
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    with prune(model, "divprune", 0.3):
+        output = model(**batch)
+        token = output.logits[:, -1].argmax(-1, keepdim=True)
+        right = model(input_ids=token, past_key_values=copy.deepcopy(output.past_key_values)).logits
+        found = whole(input_ids=token, past_key_values=output.past_key_values).logits
+    torch.testing.assert_close(found, right, atol=vlm.TOLERANCE, rtol=0)
