@@ -29,7 +29,7 @@ def load() -> bool:
     Returns:
         Whether the operators of the CPU library are registered under `torch.ops.flashprune`.
 
-    Example:
+    Examples:
         >>> from flashprune import native
         >>> native.load() == (native.cpu_status() == "ready")
         True
@@ -41,7 +41,7 @@ def load() -> bool:
 def cpu_status() -> str:
     """`"ready"`, or one line: why the CPU library is not loaded and what to do.
 
-    Example:
+    Examples:
         >>> from flashprune import native
         >>> len(native.cpu_status().splitlines())
         1
@@ -55,7 +55,7 @@ def cuda_status() -> str:
     Ready means that the library is loaded and that the driver and the current CUDA device can run it; asking
     initialises CUDA.
 
-    Example:
+    Examples:
         >>> from flashprune import native
         >>> len(native.cuda_status().splitlines())
         1
@@ -72,7 +72,7 @@ def cuda_status() -> str:
 def capability_status() -> str:
     """`"ready"`, or one line: why the current NVIDIA GPU is too old. Initialises CUDA.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from flashprune import native
         >>> if torch.cuda.is_available():
@@ -92,7 +92,7 @@ def build_facts() -> dict[str, Any]:
         `torch_target` (oldest torch that the libraries load on), `nvcc`, `cuda_architectures`, and `cuda_missing` (why
         there is no CUDA library). `nvcc` and `cuda_missing` are None where they do not apply.
 
-    Example:
+    Examples:
         >>> from flashprune import native
         >>> isinstance(native.build_facts(), dict)
         True
@@ -115,7 +115,7 @@ def device_facts(device: torch.device | str | int | None = None) -> dict[str, in
     Raises:
         RuntimeError: the CUDA library cannot run here; the message is `cuda_status()`.
 
-    Example:
+    Examples:
         >>> from flashprune import native
         >>> if native.cuda_status() == "ready":
         ...     assert native.device_facts()["compiled_for"] >= 80

@@ -28,7 +28,7 @@ def pack_positions(features: Tensor, positions: Tensor) -> Tensor:
         TypeError: features or positions of another dtype.
         ValueError: leading dimensions or devices that differ, or features that require grad.
 
-    Example:
+    Examples:
         >>> import torch
         >>> packed = pack_positions(torch.zeros(2, 3, dtype=torch.bfloat16), torch.tensor([[0, 7], [1, -1]]))
         >>> packed.shape
@@ -66,7 +66,7 @@ def unpack_positions(packed: Tensor, count: int, dtype: torch.dtype = torch.int6
         TypeError: packed is not float32, float16 or bfloat16, or dtype is neither int32 nor int64.
         ValueError: packed has fewer columns than the positions take.
 
-    Example:
+    Examples:
         >>> import torch
         >>> features, places = torch.ones(4, 8), torch.arange(4, dtype=torch.int32)[:, None]
         >>> unpack_positions(pack_positions(features, places)[2:], 1, torch.int32)[1].tolist()

@@ -54,7 +54,7 @@ def topk_select(
         TypeError, ValueError: an argument does not fit, such as ``k=700 exceeds N=576 in segment 3``.
         RuntimeError: the backend asked for cannot run here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> topk_select(torch.tensor([0.1, 0.9, 0.5, 0.9]), 3)
         tensor([1, 2, 3])
@@ -100,7 +100,7 @@ def mmr_select(
         TypeError, ValueError: an argument does not fit, such as ``k=700 exceeds N=576 in segment 3``.
         RuntimeError: the backend asked for cannot run here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
         >>> mmr_select(features, torch.tensor([1.0, 0.9, 0.5]), 2)
@@ -170,7 +170,7 @@ def mis_select(
         TypeError, ValueError: an argument does not fit, such as ``k=700 exceeds N=576 in segment 3``.
         RuntimeError: the backend asked for cannot run here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
         >>> mis_select(features, torch.tensor([1.0, 0.9, 0.5]), 2)
@@ -221,7 +221,7 @@ def maxmin_select(
         TypeError, ValueError: an argument does not fit, such as ``k=700 exceeds N=576 in segment 3``.
         RuntimeError: the backend asked for cannot run here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> maxmin_select(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), 2)
         tensor([0, 2])
@@ -263,7 +263,7 @@ def dpp_select(
         TypeError, ValueError: an argument does not fit, such as ``k=700 exceeds N=576 in segment 3``.
         RuntimeError: the backend asked for cannot run here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
         >>> dpp_select(features, torch.tensor([1.0, 0.9, 0.5]), 2)

@@ -77,7 +77,7 @@ def check_selection(
     Raises:
         TypeError, ValueError: the arguments would be refused by the selector as well, or ``sort`` cannot be checked.
 
-    Example:
+    Examples:
         >>> import torch, flashprune as fp
         >>> features, importance = torch.randn(64, 16), torch.rand(64)
         >>> picks = fp.reference.mmr_select(features, importance, 8, lam=0.3, sort=False)

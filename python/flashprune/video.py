@@ -52,7 +52,7 @@ def evs_select(
             has 40``.
         RuntimeError: the backend asked for cannot run here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> still, moved = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
         >>> evs_select(torch.cat([still, moved]), (2, 1, 2), 1, q=0.25)
@@ -99,7 +99,7 @@ def vidcom2_select(
             has 40``.
         RuntimeError: the backend asked for cannot run here.
 
-    Example:
+    Examples:
         >>> import torch
         >>> vidcom2_select(torch.randn(4 * 6 * 8, 32), (4, 12, 16), merge=2, q=0.75).shape
         torch.Size([48])

@@ -88,7 +88,7 @@ def patch_features(image: np.ndarray, grid: Grid, dim: int) -> torch.Tensor:
     Raises:
         ValueError: wrong image shape or dtype, or a grid or dim that is not positive.
 
-    Example:
+    Examples:
         >>> image = np.zeros((64, 48, 3), dtype=np.uint8)
         >>> patch_features(image, (4, 3), 32).shape
         torch.Size([12, 32])
@@ -116,7 +116,7 @@ def stand_in_importance(image: np.ndarray, grid: Grid) -> torch.Tensor:
     Raises:
         ValueError: wrong image shape or dtype, or a grid that is not positive.
 
-    Example:
+    Examples:
         >>> image = np.zeros((64, 48, 3), dtype=np.uint8)
         >>> stand_in_importance(image, (4, 3)).shape
         torch.Size([12])

@@ -57,7 +57,7 @@ class Settings:
     Raises:
         ValueError: a value does not fit.
 
-    Example:
+    Examples:
         >>> Settings.read({"FLASHPRUNE_VIDEO_METHOD": "mmr", "FLASHPRUNE_VIDEO_LAMBDA": "0.3"}).lam
         0.3
     """
@@ -119,7 +119,7 @@ class Pruning:
             the pair does whose place this one takes. ``evs`` and ``vidcom2`` count by their own rule.
         note: takes a line about the first video that is pruned.
 
-    Example:
+    Examples:
         >>> pruning = Pruning(Settings("evs"))
         >>> pruning.retained_tokens(tokens_per_frame=64, num_frames=8, q=0.75)
         128
