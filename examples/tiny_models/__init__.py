@@ -116,7 +116,13 @@ def _without_video() -> None:
         named = {name: part for name, part in named.items() if name != "video_processor"}
         make(self, *(part for part in parts if part is not None), **named)
 
+    load = ProcessorMixin.from_args_and_dict.__func__
+
+    def loaded(cls: type[ProcessorMixin], args: Sequence[Any], settings: dict[str, Any], **named: Any) -> Any:
+        return load(cls, args, {name: one for name, one in settings.items() if name != "video_processor"}, **named)
+
     ProcessorMixin.__init__ = without
+    ProcessorMixin.from_args_and_dict = classmethod(loaded)
     for family in TABLE.values():
         kind = getattr(transformers, family.processor)
         parts = [part for part in kind.get_attributes() if part != "video_processor"]
