@@ -1,1 +1,1 @@
-"""Triton kernels of flashprune, one file a stage: `@triton.jit` kernels and their launchers."""
+"""Triton kernels of flashprune, one file a stage: `@kernel`s (see `launch`) and their launchers."""

@@ -1,7 +1,7 @@
 """Block sizes, warps and stages of every kernel, by class of device, data type and size; nothing is tuned at run time.
 
-They were chosen so that every one compiles without spills into the shared memory of its class of devices. None changes
-a selection.
+They were chosen so that every one compiles without spills into the shared memory of its class of devices; attention on
+AMD's gfx11, which has half the registers, spills. None changes a selection.
 """
 
 from __future__ import annotations
