@@ -8,7 +8,8 @@ visual keys are read. Costs: (L + N)·Hkv·d key elements read, (L + N)·H·Lq·
 maxima and sums, Hkv·N partial scores. Nothing depends on the batch or the device, so neither do the bits.
 
 fp16 and bf16 multiply on tensor cores with float32 accumulation; fp32 as three TF32 products (tf32x3), which keep
-float32's precision, or on AMD's GPUs in float32. The scores' minimum and maximum are not found here: no method scales attention by them.
+float32's precision, or on AMD's GPUs in float32. The scores' minimum and maximum are not found here: no method scales
+attention by them.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 `inverse_norms` reads every feature once. `nearest_other` and `cosine_matrix` multiply each pair of a segment once: N²·D
 flops, half of the square. Maxima meet in memory as integers that compare as the floats do, so their order is
 irrelevant. A pair always stands as (row, column) in one way, so its number does not depend on the tile that it falls
-into. float32 products use three TF32 products each (`tf32x3`), about the accuracy of float32, or on
-AMD's GPUs float32 itself.
+into. float32 products use three TF32 products each (`tf32x3`), about the accuracy of float32, or on AMD's GPUs
+float32 itself.
 """
 
 from __future__ import annotations
