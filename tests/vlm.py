@@ -235,7 +235,7 @@ def mask(given: Whole, row: int, columns: list[int], kind: str) -> Tensor | None
     if kind in given.both_ways:
         images = given.images(row, columns)
         same = (images[:, None] == images) & (images >= 0)
-        seen |= same & within if given.model.config.model_type == "gemma4" else same
+        seen |= same & within if given.model.config.model_type in ("gemma3", "gemma4") else same
     if given.model.config.model_type == "paligemma":  # the whole prompt
         prompt = torch.tensor(columns) < given.ids.shape[1]
         seen |= prompt[:, None] & prompt

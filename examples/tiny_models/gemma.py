@@ -14,8 +14,7 @@ from transformers.video_utils import VideoMetadata
 from .family import TinyFamily
 from .qwen import FPS
 
-# Published models have one layer with full attention after five with a window; here the window is shorter than an image
-# and the text around it.
+# Published models have one layer with full attention after five with a window; here it is shorter than an image.
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 20, "head_dim": 16}
 
 
@@ -28,7 +27,9 @@ class Gemma3(TinyFamily):
         self, real: bool, text: dict[str, Any], vision: dict[str, Any], tokenizer: PreTrainedTokenizerFast
     ) -> PreTrainedConfig:
         return transformers.Gemma3Config(
-            text_config=transformers.Gemma3TextConfig(**text, **LAYERS, query_pre_attn_scalar=16),
+            text_config=transformers.Gemma3TextConfig(
+                **text, **LAYERS | {"sliding_window": 12}, query_pre_attn_scalar=16
+            ),
             vision_config=transformers.SiglipVisionConfig(**vision, image_size=112, vision_use_head=False),
             mm_tokens_per_image=16,
             image_token_index=self.image_id(tokenizer),

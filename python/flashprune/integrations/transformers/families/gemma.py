@@ -19,6 +19,7 @@ class Gemma3(Llava):
     """Gemma 3: images, and crops of them (pan and scan), of one size; the patches averaged to 16 x 16 tokens."""
 
     model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
+    windows_cut_blocks = True
 
     def items(self, base: Any, kind: str, arguments: Mapping[str, Any], output: Any) -> list[Item]:
         return [self._square(kind, len(tokens)) for tokens in output.pooler_output]
