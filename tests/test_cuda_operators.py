@@ -45,7 +45,7 @@ def _cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         return backend
 
     monkeypatch.setattr(selectors, "resolve", resolve)
-    monkeypatch.setattr(selectors, "namespace", lambda backend: torch.ops.flashprune_emulated)
+    monkeypatch.setattr(operators, "namespace", lambda backend: torch.ops.flashprune_emulated)
 
 
 def select(variant: Variant, features: Tensor, importance: Tensor, k: int | list[int], **more: Any) -> Tensor:
