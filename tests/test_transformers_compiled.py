@@ -68,3 +68,17 @@ def test_a_step_on_a_pruned_cache_is_one_graph(model: Any) -> None:
         right = model(input_ids=token, past_key_values=copy.deepcopy(output.past_key_values)).logits
         found = whole(input_ids=token, past_key_values=output.past_key_values).logits
     torch.testing.assert_close(found, right, atol=vlm.TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_a_whole_model_compiled_before() -> None:
+    torch.compiler.reset()
+    model = copy.deepcopy(vlm.built("qwen2_5_vl")[0])
+    batch = vlm.alone("qwen2_5_vl")
+    with prune(model, "divprune", 0.3):
+        right = model(**batch).logits
+    compiled = torch.compile(model, backend="eager")
+    assert compiled(**batch).logits.shape[1] > right.shape[1]
+    with prune(model, "divprune", 0.3) as handle:
+        torch.testing.assert_close(compiled(**batch).logits, right, atol=vlm.TOLERANCE, rtol=0)
+        assert handle.last is not None

@@ -59,15 +59,8 @@ class _Replacement:
     def __init__(self, owner: Any, name: str, call: Callable[..., Any], original: Any) -> None:
         self._owner, self._name, self._call = owner, name, call
         self._own = vars(owner).get(name)
-        self._given = self._own if original is None else original
+        self._original = getattr(owner, name) if original is None else original
         setattr(owner, name, self)
-
-    @property
-    def _original(self) -> Any:
-        """Looked up at each call, so that a copy of the object has its own."""
-        if self._given is not None:
-            return self._given
-        return getattr(type(self._owner), self._name).__get__(self._owner)
 
     @property
     def __signature__(self) -> inspect.Signature:  # generate chooses arguments by it
