@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import flashprune as fp
-from flashprune import native, selectors, workspaces
+from flashprune import native, operators, selectors, workspaces
 from inputs import gaussian
 
 EMULATED = native._PACKAGE / "libflashprune_emulated.so"
@@ -31,6 +31,7 @@ def _cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.ops.load_library(EMULATED)
     for module in (selectors, workspaces):
         monkeypatch.setattr(module, "resolve", lambda backend, *_: backend)
+    for module in (operators, workspaces):
         monkeypatch.setattr(module, "namespace", lambda _: torch.ops.flashprune_emulated)
 
 
