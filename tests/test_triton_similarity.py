@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("triton")
@@ -13,6 +15,7 @@ from flashprune.triton_kernels import similarity
 from torch import Tensor
 
 from flashprune.reference.segments import nearest_other, unit_rows
+from flashprune.replay import cosine_bound
 from inputs import gaussian, halves, signs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -74,6 +77,32 @@ def test_nearest_other_of_exact_and_odd_rows(device: torch.device) -> None:
     nearest = similarity.nearest_other(features, similarity.inverse_norms(features))
     assert torch.equal(nearest, expected_nearest(features))
     assert similarity.nearest_other(features[:0], features.new_empty(0)).shape == (0,)
+
+
+@pytest.fixture
+def cutting_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products as tensor cores add them up: eight at a time onto the accumulator, and what does not fit is cut off."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def dot(builder: Any, a: Any, b: Any, accumulator: Any, *more: Any) -> Any:
+        sums = accumulator.data.astype(np.float32)
+        for k in range(0, a.data.shape[1], 8):
+            exact = sums + a.data[:, k : k + 8].astype(np.float64) @ b.data[k : k + 8].astype(np.float64)
+            nearest = exact.astype(np.float32)
+            sums = np.where(np.abs(nearest) > np.abs(exact), np.nextafter(nearest, np.float32(0)), nearest)
+        return interpreter.TensorHandle(sums, accumulator.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's products are replaced")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_sums_on_tensor_cores(dtype: torch.dtype, device: torch.device, cutting_off: None) -> None:
+    """Errors of one sign, which add up: nothing but float32 may sum the whole of a row."""
+    features = gaussian(6, 4096)[0].to(device, dtype).repeat(2, 1)  # cosines of 1, where every product is positive
+    found = similarity.cosine_matrix(features, similarity.inverse_norms(features))
+    unit = unit_rows(features.double())
+    assert (found.double() - unit @ unit.T).abs().max().item() < cosine_bound(features.float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

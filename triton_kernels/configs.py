@@ -51,18 +51,19 @@ TABLE: dict[str, tuple[tuple[Any, ...], ...]] = {
         (ANY,          EVERY,   LARGE,    512,       8,           3),
     ),
     # Tiles of cosines; up to: tokens. Aligned rows come 16 bytes at a time, the others an element at a time, each with
-    # an address in registers; the spatial term of a graph takes registers too.
+    # an address in registers; the spatial term of a graph takes registers too. One BLOCK_D for each data type, the
+    # engine's DEPTH: by that many products a pair's cosine is summed in float32, and it must not depend on the size.
     "cosines": (
         ("device",     "dtype", "up to", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages"),
         (ANY,          "fp32",  LARGE,    64,        16,        8,           2),
-        (ANY,          HALF,    4096,     64,        64,        8,           3),
-        ("datacenter", HALF,    LARGE,    128,       32,        8,           4),
-        ("consumer amd", HALF,  LARGE,    64,        64,        8,           3),
+        (ANY,          HALF,    4096,     64,        32,        8,           4),
+        ("datacenter", HALF,    LARGE,    128,       32,        8,           3),
+        ("consumer amd", HALF,  LARGE,    64,        32,        8,           4),
     ),
     "cosines unaligned": (
         ("device",     "dtype", "up to", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages"),
         (ANY,          "fp32",  LARGE,    64,        16,        8,           2),
-        (ANY,          HALF,    LARGE,    64,        64,        8,           2),
+        (ANY,          HALF,    LARGE,    64,        32,        8,           2),
     ),
     "cosines spatial": (
         ("device",     "dtype", "up to", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages"),
