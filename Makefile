@@ -58,7 +58,7 @@ docs: $(VENV)/installed $(VENV)/site-tools
 build: $(VENV)/installed
 
 clean:
-	rm -rf build dist demo $(VENV)/installed $(VENV)/usable python/*.egg-info
+	rm -rf build dist demo $(VENV)/installed $(VENV)/usable *.egg-info
 	rm -f python/flashprune/*.so python/flashprune/build_facts.json
 
 # What the machine lacks is said here, before PyTorch is downloaded.
