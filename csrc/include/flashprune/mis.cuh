@@ -5,6 +5,8 @@
 // candidates, K picks and panels of P. Memory: a panel's P² / 8 bytes of bits a segment, and some 20 bytes a token.
 #pragma once
 
+#include <algorithm>
+
 #include "flashprune/adjacency.cuh"
 #include "flashprune/rank.cuh"
 #include "flashprune/sweep.cuh"
@@ -107,9 +109,11 @@ __global__ void __launch_bounds__(kPrepareThreads)
   rank_chunk(all, importance, unit, chunk, sorted, keys, order);
 }
 
-// All panels but the first. What they add to `panel` is their first candidate.
+// All panels but the first. What they add to `panel` is their first candidate. At most three blocks a multiprocessor
+// where there are products: with four, registers beyond those of a tile would spill.
 template <class T, int kTile, bool kFew>
-__global__ void __launch_bounds__(2 * kTile, EdgeTile<T, kTile, kFew>::kBlocks)
+__global__ void __launch_bounds__(2 * kTile, kFew ? EdgeTile<T, kTile, kFew>::kBlocks
+                                                  : std::min(EdgeTile<T, kTile, kFew>::kBlocks, 3))
     later_panels_kernel(Panel panel, Graph graph, Sweep call, uint32_t* barrier) {
   Team grid(barrier, int(gridDim.x));
   for (;;) {
