@@ -228,7 +228,7 @@ class Graph:
         places = positions.reshape(-1, 3).contiguous() if spatial else None
         starts = segment_starts(features, ascending(cu_seqlens, features.shape[-2]))
         features = strided_rows(features)[0]
-        tile = cosine_config(features, cu_seqlens, spatial)
+        tile = cosine_config(features, spatial)
         return cls(features, inverse_norms(features), starts, places, settings, tile)
 
     @property

@@ -36,6 +36,11 @@ TABLE: dict[str, tuple[tuple[Any, ...], ...]] = {
         (ANY,          HALF,    1024,     256,       64,           32,     32,     32,      8,           3),
         (ANY,          HALF,    LARGE,    512,       128,          32,     32,     32,      8,           3),
     ),
+    # Every token absorbs the first picks, by the engine's tiles; a third stage spills on sm_90.
+    "absorb": (
+        ("device",     "dtype", "up to", "num_warps", "num_stages"),
+        (ANY,          EVERY,   LARGE,    8,           2),
+    ),
     # A larger tile or block of this one spills.
     "dpp": (
         ("device",     "dtype", "up to", "CLASSES", "CANDIDATES", "COLS", "DEPTH", "num_warps", "num_stages"),
@@ -50,15 +55,13 @@ TABLE: dict[str, tuple[tuple[Any, ...], ...]] = {
         (ANY,          EVERY,   1024,     256,       8,           3),
         (ANY,          EVERY,   LARGE,    512,       8,           3),
     ),
-    # Tiles of cosines; up to: tokens. Aligned rows come 16 bytes at a time, the others an element at a time, each with
-    # an address in registers; the spatial term of a graph takes registers too. One BLOCK_D for each data type, the
-    # engine's DEPTH: by that many products a pair's cosine is summed in float32, and it must not depend on the size.
+    # Tiles of cosines; those of 128 rows spill on sm_100. Aligned rows come 16 bytes at a time, others an element at a
+    # time, each with an address in registers; the spatial term of a graph takes registers too. One BLOCK_D for each
+    # data type, the engine's DEPTH: by that many products a pair's cosine is summed in float32, whatever the tile.
     "cosines": (
         ("device",     "dtype", "up to", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages"),
         (ANY,          "fp32",  LARGE,    64,        16,        8,           2),
-        (ANY,          HALF,    4096,     64,        32,        8,           4),
-        ("datacenter", HALF,    LARGE,    128,       32,        8,           3),
-        ("consumer amd", HALF,  LARGE,    64,        32,        8,           4),
+        (ANY,          HALF,    LARGE,    64,        32,        8,           4),
     ),
     "cosines unaligned": (
         ("device",     "dtype", "up to", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages"),
@@ -72,7 +75,7 @@ TABLE: dict[str, tuple[tuple[Any, ...], ...]] = {
     ),
     "norms": (
         ("device",     "dtype", "up to", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages"),
-        (ANY,          EVERY,   LARGE,    4,         1024,      4,           2),
+        (ANY,          EVERY,   LARGE,    4,         512,       4,           2),
     ),
     # Independent sets; up to: tokens. WORDS of 32 candidates are a panel's width, a multiple of a tile of cosines.
     "sweep": (

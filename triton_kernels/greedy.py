@@ -389,7 +389,7 @@ def blocked_greedy(
     cu = cu_seqlens if packed else picks
     where = (cu, offsets, per_item, tokens, k[0])
     rows = config["ROWS"]
-    tile = {key: config[key] for key in ("ROWS", "COLS", "DEPTH", "num_warps", "num_stages")}
+    tile = {key: config[key] for key in ("ROWS", "COLS", "DEPTH")} | configs.config("absorb", features)
     seeds = configs.config("seeds", values, per_item)
     if mmr and per_round > FEW_SEEDS:
         firsts = [min(count, per_round) for count in k]

@@ -196,10 +196,9 @@ def aligned(features: Tensor) -> bool:
     return all(x % ALIGNMENT == 0 for x in (features.data_ptr(), features.shape[-1], item_stride, row_stride))
 
 
-def cosine_config(features: Tensor, cu_seqlens: Tensor | None = None, spatial: bool = False) -> dict[str, int]:
-    """The tile of cosines. Packed tokens say nothing of a segment's length, on which alone its numbers may depend."""
-    kind = "cosines spatial" if spatial else "cosines" if aligned(features) else "cosines unaligned"
-    return config(kind, features, 0 if cu_seqlens is not None else features.shape[-2])
+def cosine_config(features: Tensor, spatial: bool = False) -> dict[str, int]:
+    """The tile of cosines."""
+    return config("cosines spatial" if spatial else "cosines" if aligned(features) else "cosines unaligned", features)
 
 
 def inverse_norms(features: Tensor) -> Tensor:
@@ -251,7 +250,7 @@ def nearest_other(features: Tensor, inverse: Tensor, cu_seqlens: Tensor | None =
     packed = cu_seqlens is not None
     if tokens and (not packed or len(cu_seqlens) > 1):
         ends = segment_ends(cu_seqlens, tokens) if packed else best
-        tile = cosine_config(features, cu_seqlens)
+        tile = cosine_config(features)
         nearest_other_kernel[(cdiv(tokens, tile["BLOCK_N"]), SPLITS)](
             features, inverse, ends, best, tokens, per_item, item_stride, row_stride, features.shape[-1],
             PACKED=packed, SPLITS=SPLITS, **tile, UPCAST=INTERPRETED,
