@@ -36,10 +36,10 @@ TABLE: dict[str, tuple[tuple[Any, ...], ...]] = {
         (ANY,          HALF,    1024,     256,       64,           32,     32,     32,      8,           3),
         (ANY,          HALF,    LARGE,    512,       128,          32,     32,     32,      8,           3),
     ),
-    # Every token absorbs the first picks, by the engine's tiles; a third stage spills on sm_90.
+    # Every token absorbs the first picks, by the engine's tiles; with eight warps it spills on sm_90.
     "absorb": (
         ("device",     "dtype", "up to", "num_warps", "num_stages"),
-        (ANY,          EVERY,   LARGE,    8,           2),
+        (ANY,          EVERY,   LARGE,    4,           3),
     ),
     # A larger tile or block of this one spills.
     "dpp": (
